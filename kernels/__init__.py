@@ -1,0 +1,40 @@
+"""Fused Triton kernels for transformer models, each with a plain PyTorch reference and an exact backward.
+
+Every public function runs its Triton kernels on CUDA tensors of dtype float32, bfloat16 or float16 (and on
+CPU tensors while Triton's interpreter is on) and falls back to its ``<op>_reference`` everywhere else.
+
+Importing this package imports neither PyTorch nor Triton: the functions are loaded on first access.
+"""
+
+import importlib
+
+# No submodule shares its name with a function: importing a submodule binds its name in this package, and
+# would hide the function behind the module.
+_MODULE_OF = {
+    "rms_norm": "rmsnorm",
+    "rms_norm_reference": "rmsnorm",
+    "glu": "gated",
+    "glu_reference": "gated",
+    "packed_glu": "gated",
+    "packed_glu_reference": "gated",
+    "rope": "rotary",
+    "rope_reference": "rotary",
+    "cross_entropy": "crossentropy",
+    "cross_entropy_reference": "crossentropy",
+    "linear_cross_entropy": "linear_crossentropy",
+    "linear_cross_entropy_reference": "linear_crossentropy",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = function
+    return function
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

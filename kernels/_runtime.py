@@ -1,0 +1,110 @@
+"""What the kernels share: Triton (or a stand-in for it), the choice of path, layouts and launching."""
+
+import contextlib
+import functools
+import types
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    # Triton reads this flag when a function is decorated, so the value at import is the one that counts.
+    INTERPRET = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    # Enough of Triton for the kernel definitions to be read; `use_triton` keeps them from being launched.
+    triton = types.SimpleNamespace(jit=lambda function: function)
+    tl = types.SimpleNamespace(constexpr=None)
+    HAS_TRITON = False
+    INTERPRET = False
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+# A tensor subclass (FakeTensor, DTensor, quantised weights) need not have the memory a kernel would read.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def use_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether the Triton kernels can take these tensors (None is skipped); otherwise the reference must.
+
+    They can if all are plain, non-empty float32/bfloat16/float16 tensors on one device, and that device is a
+    GPU, or the CPU while Triton's interpreter is on.
+    """
+    if not HAS_TRITON:
+        return False
+    device = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in _DTYPES or type(tensor) not in _PLAIN or tensor.numel() == 0:
+            return False
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            return False
+    return device is not None and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
+
+
+def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's GPU current: Triton launches on the current device, whatever its arguments are."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def num_sms(tensor: torch.Tensor) -> int:
+    """Number of multiprocessors of the tensor's GPU; 1 in the interpreter, where programs run one by one."""
+    return _sm_count(tensor.get_device()) if tensor.is_cuda else 1
+
+
+def num_warps_for(tile: int) -> int:
+    """Warps for a tile of that many elements: 16 a thread, two 16-byte loads of a 16-bit dtype."""
+    return min(32, max(4, tile // 512))
+
+
+def is_dense_with_rows(x: torch.Tensor) -> bool:
+    """Whether x fills its memory without gaps, in any order of the leading dims, with contiguous last dim.
+
+    Its rows can then be walked in memory order, and `torch.empty_like(x)` has the same strides.
+    """
+    if x.is_contiguous():
+        return True
+    expected = 1
+    if x.shape[-1] != 1 and x.stride(-1) != 1:
+        return False
+    for stride, size in sorted((x.stride(d), x.shape[d]) for d in range(x.dim()) if x.shape[d] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def with_layout_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it has the strides of the dense tensor `like`, else a copy that has them."""
+    if like.is_contiguous():
+        return tensor.contiguous()
+    if tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, last dim] with contiguous rows: a view where one row stride can express it, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton.jit
+def tanh(x):
+    """tanh of a float32 value to a few units in the last place; the interpreter lacks libdevice's."""
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    # 1 - 2/(e^2x + 1) cancels near zero; the polynomial there is the one of Cephes' tanhf.
+    z = x * x
+    p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+    near = x + x * z * (p - 3.33332819422e-1)
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))

@@ -1,0 +1,59 @@
+"""Shallow copies of module trees: new modules, the same Parameter and buffer objects."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def clone_tree(
+    module: nn.Module,
+    class_of: Callable[[nn.Module], type],
+    memo: dict[int, nn.Module] | None = None,
+) -> nn.Module:
+    """Copies a module tree without copying a tensor.
+
+    Each module gets its own `__dict__`, registries and hook tables, so that hooks, adapters and mode changes
+    on the copy do not reach the original. Shared modules stay shared and tied parameters stay tied.
+
+    Args:
+        module: the root of the tree.
+        class_of: the class that the copy of a given module gets.
+        memo: filled with id(original) -> copy.
+    """
+    memo = {} if memo is None else memo
+    copy = _copy(module, class_of, memo)
+    for clone in list(memo.values()):
+        for name, value in list(vars(clone).items()):
+            clone.__dict__[name] = _rebind(value, memo)
+    return copy
+
+
+def _copy(module: nn.Module, class_of: Callable[[nn.Module], type], memo: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]
+    copy = memo[id(module)] = object.__new__(class_of(module))
+    copy.__dict__.update({name: _own(name, value) for name, value in vars(module).items()})
+    for name, child in module._modules.items():
+        if child is not None:
+            copy._modules[name] = _copy(child, class_of, memo)
+    return copy
+
+
+def _own(name: str, value: Any) -> Any:
+    is_table = name in _REGISTRIES or name.endswith("_hooks") or "_hooks_" in name
+    return value.copy() if is_table and hasattr(value, "copy") else value
+
+
+def _rebind(value: Any, memo: dict[int, nn.Module]) -> Any:
+    """Points bound methods and unregistered references of the original tree to the copy."""
+    if isinstance(value, types.MethodType) and id(value.__self__) in memo:
+        return types.MethodType(value.__func__, memo[id(value.__self__)])
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    return value

@@ -1,0 +1,138 @@
+"""Deferred logits: tensors of the right shape and dtype that compute themselves on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
+                         "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes"}}  # fmt: skip
+_METADATA_METHODS = {"size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__"}
+_LAZY_METHODS = {"float", "to", "half", "bfloat16", "double", "detach", "contiguous"}
+
+
+class DeferredTensor(torch.Tensor):
+    """A tensor whose values are computed when an operation first needs them.
+
+    Asking for its shape, dtype or device computes nothing; casts and `detach` stay deferred. The result is
+    part of the autograd graph as if it had been computed at once.
+
+    Raises:
+        RuntimeError: on first use, if a tensor that it is computed from was changed in place in the meantime
+            (by an optimiser step, say): its values could no longer be right.
+    """
+
+    _compute: Callable[[], torch.Tensor]
+    _value: torch.Tensor | None
+    _needs: list[tuple[torch.Tensor, int]]
+
+    @staticmethod
+    def make(
+        compute: Callable[[], torch.Tensor],
+        needs: list[tuple[torch.Tensor, int]],
+        shape: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        requires_grad: bool,
+    ) -> DeferredTensor:
+        self = torch.Tensor._make_wrapper_subclass(
+            DeferredTensor, shape, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+        self._compute, self._needs, self._value = compute, needs, None
+        return self
+
+    def materialize(self) -> torch.Tensor:
+        """The ordinary tensor that this one stands for."""
+        with torch._C.DisableTorchFunctionSubclass():
+            needs_graph = self.requires_grad and torch.is_grad_enabled()
+            if self._value is None or (needs_graph and not self._value.requires_grad):
+                for tensor, version in self._needs:
+                    if tensor._version != version:
+                        raise RuntimeError(
+                            "the logits of this output were deferred, and the model's weights have changed since "
+                            "(an optimiser step?). Read outputs.logits before the weights change."
+                        )
+                self._value = self._compute()
+            return self._value
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
+        if attribute in _METADATA["__get__"] or (name in _METADATA_METHODS and len(args) <= 2):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = args[0] if args else None
+        if name in _LAZY_METHODS and isinstance(first, DeferredTensor) and _stays_deferred(name, args, kwargs):
+            return first._then(func, args[1:], kwargs)
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs))
+        )
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten.detach.default:  # what making a wrapper subclass itself calls
+            return args[0]
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs or {}))
+        )
+        return func(*args, **kwargs)
+
+    def _then(self, func: Callable, args: tuple, kwargs: dict) -> DeferredTensor:
+        """The deferred result of `func` on this tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            like = func(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
+            grad = self.requires_grad and func.__name__ != "detach"
+            return DeferredTensor.make(
+                lambda: func(self.materialize(), *args, **kwargs), [], self.shape, like.dtype, like.device, grad
+            )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.materialize())
+
+
+def _stays_deferred(name: str, args: tuple, kwargs: dict) -> bool:
+    return name != "to" or all(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values()))
+
+
+def deferred_logits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """The logits `x @ weight.T + bias`, scaled and soft-capped, computed when somebody looks at them.
+
+    Args:
+        x: hidden states [..., H].
+        weight: [V, H].
+        bias: [V].
+        softcap: logits become softcap * tanh(logits / softcap).
+        scale: factor on the logits, before the soft cap.
+
+    Returns:
+        A `DeferredTensor` [..., V].
+    """
+
+    def compute() -> torch.Tensor:
+        logits = F.linear(x, weight, bias)
+        if scale != 1.0:
+            logits = logits * scale
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
+
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return DeferredTensor.make(
+        compute, [(t, t._version) for t in inputs], (*x.shape[:-1], weight.shape[0]), dtype, x.device, requires_grad
+    )

@@ -1,0 +1,104 @@
+"""Functions that stay one node in a graph: mask creation, attention, experts.
+
+They run as they are at run time, so flash-attention, flex and user-registered attention keep their own fast
+paths. During capture, and for the capturing thread only, the names by which the model's own source files know
+these functions lead to wrappers that record a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+_lock = threading.RLock()
+
+MASKS = "transformers.masking_utils"
+EAGER_ATTENTION = "eager_attention_forward"
+
+
+def is_mask_function(value: Any) -> bool:
+    return isinstance(value, FunctionType) and value.__module__ == MASKS and value.__name__.startswith("create_")
+
+
+def _source_files(modules: Iterable[nn.Module]) -> set[ModuleType]:
+    """The Python modules that define the classes of these torch modules, torch itself left out."""
+    names = {cls.__module__ for module in modules for cls in type(module).__mro__}
+    return {sys.modules[n] for n in names if n in sys.modules and n.split(".")[0] not in ("torch", "builtins")}
+
+
+def _registry_class() -> type | None:
+    """The base class of transformers' function registries (attention, experts), where transformers is loaded."""
+    generic = sys.modules.get("transformers.utils.generic")
+    return getattr(generic, "GeneralInterface", None)
+
+
+class _Registry:
+    """Stands for a function registry: every function that it gives out is a leaf."""
+
+    def __init__(self, registry: Any, leaf: Callable[[Callable], Callable]) -> None:
+        self._registry = registry
+        self._leaf = leaf
+
+    def __getitem__(self, key: Any) -> Callable:
+        return self._leaf(self._registry[key])
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Callable:
+        return self._leaf(self._registry.get_interface(*args, **kwargs))
+
+    def get(self, *args: Any, **kwargs: Any) -> Any:
+        value = self._registry.get(*args, **kwargs)
+        return self._leaf(value) if callable(value) else value
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._registry
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._registry, name)
+
+
+@contextlib.contextmanager
+def leaf_functions(modules: Iterable[nn.Module], record: Callable[..., Any]) -> Iterator[None]:
+    """While active, leaf functions reached from the source files of `modules` go through `record`.
+
+    `record(function, args, kwargs)` is called in place of `function(*args, **kwargs)`. Other threads keep
+    seeing the original functions.
+    """
+    owner = threading.get_ident()
+
+    def leaf(function: Callable) -> Callable:
+        function = getattr(function, "_ligerfx_original", function)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner:
+                return function(*args, **kwargs)
+            return record(function, args, kwargs)
+
+        wrapper._ligerfx_original = function
+        return wrapper
+
+    registry_class = _registry_class()
+    replaced: list[tuple[dict, str, Any]] = []
+    with _lock:
+        for file in _source_files(modules):
+            for name, value in list(vars(file).items()):
+                if is_mask_function(value) or (name == EAGER_ATTENTION and isinstance(value, FunctionType)):
+                    new: Any = leaf(value)
+                elif registry_class is not None and isinstance(value, registry_class):
+                    new = _Registry(value, leaf)
+                else:
+                    continue
+                replaced.append((vars(file), name, value))
+                vars(file)[name] = new
+        try:
+            yield
+        finally:
+            for namespace, name, value in reversed(replaced):
+                namespace[name] = value

@@ -1,0 +1,469 @@
+"""Stage 2: matching. Finds where a graph computes a pattern, and why it nearly does elsewhere.
+
+A match is proposed and then proved. Proposing compares canonical values with every cast and every size left
+out, and binds the pattern's parameters. Proving traces the pattern's function on exactly the inputs that were
+bound, with their dtypes and symbolic shapes, and asks that its canonical value, rounding included, be the
+canonical value of the graph. Only what is proved is rewritten.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, normal, number, op_name
+from .errors import CaptureError
+from .pattern import Pattern, Variant, check_dimensions
+from .symbols import FakeInputs
+from .tracer import Tracer
+
+NEARLY = 0.5
+"""The share of a pattern that must have been recognised for a failure to be reported."""
+
+
+@dataclass(eq=False)
+class Match:
+    """A proved occurrence of a pattern."""
+
+    pattern: Pattern
+    inputs: dict[str, Node]
+    constants: dict[str, Any]
+    outputs: list[Node]
+    interior: set[Node]
+    source: tuple[tuple[str, str], ...] = ()  # where the model computes this: (file:line, text), in order
+
+
+@dataclass(eq=False)
+class NearMiss:
+    """Something that looks like a pattern and is not rewritten."""
+
+    pattern: Pattern
+    node: Node
+    reason: str
+    share: float  # of the pattern that was recognised
+
+    @property
+    def source(self) -> str:
+        return self.node.meta.get("source", "?")
+
+
+class _Fail(Exception):
+    pass
+
+
+Bindings = dict[sympy.Symbol, sympy.Expr]
+
+
+class Matcher:
+    """Matches patterns against one graph."""
+
+    def __init__(self, graph: Graph, fakes: FakeInputs) -> None:
+        self.graph = graph
+        self.fakes = fakes
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.terms = Terms()
+        canonical = Canonicalizer(self.terms, rounding=False)
+        self.values: dict[Node, sympy.Expr] = {}
+        self.nodes_of: dict[sympy.Expr, list[Node]] = {}
+        for node in graph.nodes:
+            if node.op != "output" and isinstance(node.meta.get("val"), torch.Tensor):
+                value = self.values[node] = canonical.value(node)
+                self.nodes_of.setdefault(value, []).append(node)
+
+    def find(self, patterns: Iterable[Pattern]) -> tuple[list[Match], list[NearMiss]]:
+        """All matches, none overlapping, earlier patterns first, and the best near miss at each other place."""
+        matches: list[Match] = []
+        misses: dict[Node, NearMiss] = {}
+        taken: set[Node] = set()
+        for pattern in patterns:
+            for root in reversed(self.values):
+                if root in taken or root.op in ("placeholder", "get_attr"):
+                    continue
+                match = self._match_at(pattern, root, taken, misses)
+                if match is not None:
+                    matches.append(match)
+                    taken |= match.interior
+        return matches, _best(misses, taken)
+
+    def _match_at(
+        self, pattern: Pattern, root: Node, taken: set[Node], misses: dict[Node, NearMiss]
+    ) -> Match | None:
+        for variant in pattern.variants:
+            unifier = _Unifier(variant, self)
+            first = variant.search_order[0]
+            for bindings in unifier.unify(variant.outputs[first], self.values[root], {}):
+                for match in self._prove(variant, {first: root}, bindings, unifier):
+                    problem = self._obstacle(match, taken)
+                    if problem is None:
+                        return match
+                    unifier.note(1.0, problem)
+            if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
+                misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share)
+        return None
+
+    # -- proof ---------------------------------------------------------------------------------------------
+
+    def _prove(
+        self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: _Unifier
+    ) -> Iterator[Match]:
+        """The matches that follow from a proposal: further outputs located, inputs chosen among nodes of equal
+        value, each choice proved. `roots` holds the nodes of the outputs found so far."""
+        cone = self._cone(roots.values())
+        missing = next((i for i in variant.search_order if i not in roots), None)
+        if missing is not None and any(s not in bindings for s in variant.parameters_in(variant.outputs[missing])):
+            for root in reversed(self.values):
+                if root in cone or root.op in ("placeholder", "get_attr"):
+                    continue
+                for more in unifier.unify(variant.outputs[missing], self.values[root], bindings):
+                    yield from self._prove(variant, {**roots, missing: root}, more, unifier)
+            return
+        names = {s: n for n, s in variant.parameters.items()}
+        constants = {}
+        candidates: list[list[tuple[str, Node]]] = []
+        for symbol, value in bindings.items():
+            name = names[symbol]
+            if variant.kinds[symbol] == "constant":
+                constants[name] = _python_constant(value, variant.pattern.constants[name])
+            else:
+                nodes = [n for n in self.nodes_of[value] if n in cone]
+                candidates.append([(name, n) for n in nodes])
+        for choice in itertools.product(*candidates):
+            inputs = dict(choice)
+            try:
+                outputs = self._proved_outputs(variant, roots, inputs, constants)
+            except _Fail as failure:
+                unifier.note(1.0, str(failure))
+                continue
+            interior = self._cone(outputs, stop=set(inputs.values()))
+            interior = {n for n in interior if n.op not in ("placeholder", "get_attr") and _is_tensor(n)}
+            ordered = {n: inputs[n] for n in variant.pattern.tensors if n in inputs}
+            lines = [n.meta for n in sorted(interior, key=self.order.__getitem__) if "source" in n.meta]
+            source = tuple(dict.fromkeys((meta["source"], meta["line"]) for meta in lines))
+            yield Match(variant.pattern, ordered, constants, outputs, interior, source)
+
+    def _proved_outputs(
+        self, variant: Variant, roots: dict[int, Node], inputs: dict[str, Node], constants: dict[str, Any]
+    ) -> list[Node]:
+        pattern = variant.pattern
+        tensors = {name: node.meta["val"] for name, node in inputs.items()}
+        problem = check_dimensions(pattern, tensors)
+        if problem is None and pattern.when is not None:
+            problem = pattern.when(**tensors, **constants)
+        if problem is not None:
+            raise _Fail(problem)
+        arguments: dict[str, Any] = {name: None for name in variant.absent}
+        arguments |= constants
+        # Each input is a tensor object of its own, also where the model passes one node twice.
+        with self.fakes.mode:
+            arguments |= {name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for name, v in tensors.items()}
+        ordered = {name: arguments[name] for name in (*pattern.tensors, *pattern.constants)}
+        try:
+            graph = Tracer(fakes=self.fakes).trace_function(pattern.function, ordered)
+        except (CaptureError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise _Fail(f"the pattern does not run on these inputs: {error}") from error
+        terms = Terms()
+        symbols = {node: terms.symbol("leaf", (node,), (), node.meta["val"].dtype) for node in inputs.values()}
+        expected = Canonicalizer(terms, {n: symbols[inputs[n.target]] for n in graph.nodes if n.op == "placeholder"})
+        found = Canonicalizer(terms, dict(symbols))
+        result = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+        results = list(result) if isinstance(result, tuple) else [result]
+        outputs: list[Node] = []
+        for position, want in enumerate(results):
+            wanted = normal(expected.value(want))
+            computed = [n for n in self.values if n.op not in ("placeholder", "get_attr")]
+            nodes = [roots[position]] if position in roots else computed
+            node = next((n for n in nodes if _same_type(n, want) and normal(found.value(n)) == wanted), None)
+            if node is None:
+                root = roots.get(position, next(iter(roots.values())))
+                raise _Fail(self._difference(root, want, expected, found, terms))
+            outputs.append(node)
+        return outputs
+
+    def _difference(
+        self, root: Node, want: Node, expected: Canonicalizer, found: Canonicalizer, terms: Terms
+    ) -> str:
+        a, b = want.meta["val"], root.meta["val"]
+        if a.dtype != b.dtype:
+            return f"expected a result in {a.dtype}, found {b.dtype}"
+        if a.shape != b.shape:
+            return f"expected a result of shape {list(a.shape)}, found {list(b.shape)}"
+        return (
+            "rounds at another place or differs in an attribute: expected "
+            f"{describe(normal(expected.value(want)), terms)}, found {describe(normal(found.value(root)), terms)}"
+        )
+
+    def _cone(self, roots: Iterable[Node], stop: set[Node] = frozenset()) -> set[Node]:
+        """All nodes that the roots depend on, down to and without `stop`; parameters of leaf layers included."""
+        seen: set[Node] = set()
+        pending = list(roots)
+        while pending:
+            node = pending.pop()
+            if node in seen or node in stop:
+                continue
+            seen.add(node)
+            pending += node.all_input_nodes
+            pending += [p for p in node.meta.get("parameters", {}).values()]
+        return seen
+
+    def _obstacle(self, match: Match, taken: set[Node]) -> str | None:
+        """Why a proved match cannot be rewritten, None where it can."""
+        if match.interior & taken:
+            return "part of it belongs to another rewrite"
+        outputs = set(match.outputs)
+        for node in sorted(match.interior, key=self.order.__getitem__):
+            if _mutates(node):
+                return f"`{node}` works in place at {node.meta.get('source', '?')}"
+            if node in outputs or self._follows_from(node, outputs, match.interior):
+                continue
+            for user in node.users:
+                if user not in match.interior:
+                    where = f" at {user.meta['source']}" if "source" in user.meta else ""
+                    return f"`{node}` has a second user, `{user}`{where}"
+        last_input = max(self.order[n] for n in match.inputs.values())
+        for output in match.outputs:
+            for user in output.users:
+                if user not in match.interior and self.order[user] < last_input:
+                    return f"`{output}` is used before the last input is there"
+        for node in match.inputs.values():
+            for user in node.users:
+                if _mutates(user):
+                    return f"its input `{node}` is changed in place at {user.meta.get('source', '?')}"
+        return None
+
+    def _follows_from(self, node: Node, outputs: set[Node], interior: set[Node]) -> bool:
+        """True if the node needs nothing but outputs of the match, so that it can stay."""
+        inside = [n for n in node.all_input_nodes if n in interior]
+        return bool(inside) and all(n in outputs or self._follows_from(n, outputs, interior) for n in inside)
+
+
+class _Unifier:
+    """Binds a pattern variant's parameters so that its canonical value becomes a given one."""
+
+    def __init__(self, variant: Variant, matcher: Matcher) -> None:
+        self.variant = variant
+        self.matcher = matcher
+        self.share = 0.0
+        self.reason = ""
+        self._size = _size(variant.outputs[variant.search_order[0]], variant.terms)
+        self._done = 0
+
+    def note(self, share: float, reason: str) -> None:
+        if share > self.share:
+            self.share, self.reason = share, reason
+
+    def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
+        expected_text = describe(expected, self.variant.terms)
+        self.note(self._done / self._size, f"expected {expected_text}, found {describe(found, self.matcher.terms)}")
+
+    def unify(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
+        """All extensions of `bound` under which the pattern value `p` is the graph value `t`."""
+        kind = self.variant.kinds.get(p)
+        if kind is not None and p in bound:
+            if bound[p] == t or (t.is_number and _close(bound[p], t)):
+                yield bound
+            else:
+                self._fail(p, t)
+        elif kind == "tensor":
+            if t in self.matcher.nodes_of:
+                yield {**bound, p: t}
+        elif self._is_constant(p):
+            yield from self._unify_number(p, t, bound)
+        elif p.is_Symbol:
+            yield from self._unify_term(p, t, bound)
+        elif p.is_Add or p.is_Mul:
+            yield from self._unify_sum(p, t, bound)
+        elif p.func == t.func and len(p.args) == len(t.args):
+            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound))
+        else:
+            self._fail(p, t)
+
+    def _counted(self, results: Iterator[Bindings]) -> Iterator[Bindings]:
+        self._done += 1
+        try:
+            yield from results
+        finally:
+            self._done -= 1
+
+    def _is_constant(self, p: sympy.Expr) -> bool:
+        return all(self.variant.kinds.get(s) == "constant" for s in p.free_symbols)
+
+    def _unify_all(self, pairs: list[tuple[sympy.Expr, sympy.Expr]], bound: Bindings) -> Iterator[Bindings]:
+        if not pairs:
+            yield bound
+            return
+        (p, t), *rest = pairs
+        for more in self.unify(p, t, bound):
+            yield from self._unify_all(rest, more)
+
+    def _unify_number(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
+        if not t.is_number:
+            name = f"{p}: " if p in self.variant.kinds else ""
+            self.note(self._done / self._size, f"{name}expected a constant, found {describe(t, self.matcher.terms)}")
+            return
+        p = p.subs({s: v for s, v in bound.items() if s in p.free_symbols})
+        free = p.free_symbols
+        if not free and _close(p, t):
+            yield bound
+        elif len(free) == 1:
+            (symbol,) = free
+            solutions = [t] if p == symbol else sympy.solve(sympy.Eq(p, t), symbol)
+            for solution in solutions:
+                if solution.is_number:
+                    yield {**bound, symbol: solution}
+        else:
+            self._fail(p, t)
+
+    def _unify_term(self, p: sympy.Symbol, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
+        want = self.variant.terms.terms[p]
+        have = self.matcher.terms.terms.get(t)
+        if want.op in SIZED and (have is None or have.op != want.op):
+            yield from self.unify(want.args[0], t, bound)  # sizes are compared when the match is proved
+            return
+        if have is None or have.op != want.op or len(have.args) != len(want.args):
+            self._fail(p, t)
+            return
+        attrs = want.attrs[: SIZED.get(want.op, len(want.attrs))]
+        for name_value, found in zip(attrs, have.attrs, strict=False):
+            extended = self._unify_attribute(name_value, found, bound)
+            if extended is None:
+                text = f"{want.op}: expected {_attribute(name_value)}, found {_attribute(found)}"
+                self.note((self._done + 0.5) / self._size, text)
+                return
+            bound = extended
+        yield from self._counted(self._unify_all(list(zip(want.args, have.args, strict=True)), bound))
+
+    def _unify_attribute(self, want: Any, have: Any, bound: Bindings) -> Bindings | None:
+        if isinstance(want, tuple) and isinstance(have, tuple) and len(want) == len(have):
+            for w, h in zip(want, have, strict=True):
+                extended = self._unify_attribute(w, h, bound)
+                if extended is None:
+                    return None
+                bound = extended
+            return bound
+        symbol = getattr(want, "symbol", None)
+        if symbol is None:
+            return bound if want == have else None
+        value = sympy.Symbol(have) if isinstance(have, str) else number(have)
+        if symbol in bound:
+            return bound if bound[symbol] == value else None
+        return {**bound, symbol: value}
+
+    def _unify_sum(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
+        """Sums and products, in any order; the constants of both sides are compared as one."""
+        func = p.func
+        want_constant, want = _split(p, func, self._is_constant)
+        have_constant, have = _split(t, func, lambda e: e.is_number)
+        if t.func != func and not (p.is_Mul and len(want) == 1):
+            self._fail(p, t)
+            return
+        want.sort(key=self._specificity)
+        for more in self._unify_number(want_constant, have_constant, bound):
+            yield from self._counted(self._assign(want, have, func, more))
+
+    def _assign(self, want: list, have: list, func: Any, bound: Bindings) -> Iterator[Bindings]:
+        if not want:
+            if not have:
+                yield bound
+            else:
+                extra = describe(func(*have), self.matcher.terms)
+                self.note(self._done / self._size, f"found {extra} besides")
+            return
+        p, *rest = want
+        if not rest and len(have) > 1 and self.variant.kinds.get(p) == "tensor":
+            yield from self.unify(p, func(*have), bound)
+            return
+        if not have:
+            self.note(self._done / self._size, f"expected {describe(p, self.variant.terms)} as well")
+        for index, t in enumerate(have):
+            for more in self.unify(p, t, bound):
+                yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
+
+    def _specificity(self, p: sympy.Expr) -> int:
+        """Parts that can match little come first."""
+        if p in self.variant.kinds:
+            return 3
+        return 0 if any(s in self.variant.terms.terms for s in p.free_symbols) else 1
+
+
+def describe(expr: sympy.Expr, terms: Terms) -> str:
+    """A value as readable text."""
+    names = {s: sympy.Symbol(_term_text(terms.terms[s], terms)) for s in expr.free_symbols if s in terms.terms}
+    text = str(expr.xreplace(names))
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _term_text(term: Any, terms: Terms) -> str:
+    if term.op == "leaf":
+        return str(term.attrs[0])
+    inner = [describe(a, terms) for a in term.args]
+    attrs = [_attribute(a) for a in term.attrs]
+    return f"{term.op}({', '.join(inner + attrs)})"
+
+
+def _attribute(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return f"{value[0]}={_attribute(value[1])}"
+    if isinstance(value, tuple):
+        return f"({', '.join(_attribute(v) for v in value)})"
+    if isinstance(value, ConstantStr) or hasattr(value, "symbol"):
+        return str(value.symbol)
+    return str(value)
+
+
+def _split(expr: sympy.Expr, func: Any, is_constant: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
+    args = list(expr.args) if expr.func == func else [expr]
+    constants = [a for a in args if is_constant(a)]
+    return func(*constants), [a for a in args if a not in constants]
+
+
+def _size(expr: sympy.Expr, terms: Terms) -> int:
+    """How many comparisons it takes to recognise a value."""
+    if expr in terms.terms:
+        return 1 + sum(_size(a, terms) for a in terms.terms[expr].args)
+    return (1 if expr.args else 0) + sum(_size(a, terms) for a in expr.args)
+
+
+def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
+    if not (a.is_number and b.is_number):
+        return a == b
+    return a == b or abs(float(a) - float(b)) <= 1e-8 * max(abs(float(a)), abs(float(b)))
+
+
+def _python_constant(value: sympy.Expr, kind: str) -> Any:
+    if kind == "str":
+        return str(value)
+    return int(value) if kind == "int" else float(value)
+
+
+def _same_type(node: Node, want: Node) -> bool:
+    a, b = node.meta["val"], want.meta["val"]
+    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape
+
+
+def _is_tensor(node: Node) -> bool:
+    val = node.meta.get("val")
+    return isinstance(val, (torch.Tensor, tuple, list))
+
+
+def _mutates(node: Node) -> bool:
+    name = op_name(node) or ""
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+
+
+def _best(misses: dict[Node, NearMiss], taken: set[Node]) -> list[NearMiss]:
+    """Near misses that no match covers, one for each place: of overlapping ones the most complete."""
+    kept: list[NearMiss] = []
+    covered: set[Node] = set(taken)
+    for miss in sorted(misses.values(), key=lambda m: -m.share):
+        if miss.node not in covered:
+            kept.append(miss)
+            covered |= set(miss.node.all_input_nodes) | set(miss.node.users)
+    return kept
+
+

@@ -1,0 +1,282 @@
+"""The module that comes back: a GraphModule and the model's own class at once.
+
+A call is compared with the signatures that were captured. Where one fits, its graph runs; a new signature is
+captured once and remembered; what cannot be captured runs the original forward on this same object, whose
+children are still optimised. So one capture never limits what the model can do.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+from torch.utils._sympy.printers import PythonPrinter
+
+from .errors import CaptureError
+from .matcher import Match, Matcher, NearMiss
+from .pattern import Pattern
+from .rewriter import rewrite
+from .signature import call_key
+from .symbols import FakeInputs, expression
+from .traced_numbers import TracedFloat, TracedInt, plain
+from .tracer import _MISSING, Capture, Tracer, _same_structure, has_hooks
+
+MAX_SIGNATURES = 16
+"""Signatures that one module remembers; further ones run the original forward."""
+
+
+@dataclass(eq=False)
+class Program:
+    """A rewritten capture, ready to run. `function` is None where the original forward is as good."""
+
+    capture: Capture
+    guard: Callable[[nn.Module, list], bool]
+    matches: list[Match] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    function: Callable | None = None
+    code: str = ""
+
+    def __deepcopy__(self, memo: dict) -> Program:
+        return self  # immutable; holds nothing of the module that it runs on
+
+
+@dataclass(eq=False)
+class Session:
+    """What the modules of one optimised model share: the patterns, and programs that twins may take over."""
+
+    patterns: list[Pattern]
+    programs: dict[tuple, list[tuple[nn.Module, Program]]] = field(default_factory=dict)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
+        """Matches and rewrites the graph of a capture, which it changes."""
+        try:
+            guard = _guard(capture, absorbed=[])
+        except CaptureError as error:
+            capture.error = capture.error or str(error)
+        if capture.error:
+            return Program(capture, lambda module, leaves: True)
+        matches, near = Matcher(capture.graph, fakes).find(self.patterns)
+        program = Program(capture, guard, matches, near)
+        if matches:
+            absorbed = [n.target for m in matches for n in m.interior if n.op == "call_module"]
+            program.guard = _guard(capture, absorbed)
+            rewrite(capture.graph, matches)
+        program.function, program.code = compile_graph(capture.graph)
+        return program
+
+    def remember(self, module: nn.Module, key: tuple, program: Program) -> None:
+        self.programs.setdefault((original_class(module), key), []).append((module, program))
+
+    def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
+        """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
+        for twin, program in self.programs.get((original_class(module), key), ()):
+            if _same_structure(twin, module) and program.guard(module, leaves):
+                return program
+        tracer = Tracer(module, original_class=original_class)
+        capture = tracer.trace(args, kwargs)
+        program = self.compile(capture, tracer.fakes)
+        if not program.matches:
+            program.function = None
+        self.remember(module, key, program)
+        return program
+
+    def __deepcopy__(self, memo: dict) -> Session:
+        return Session(self.patterns)
+
+
+class OptimizedModule(GraphModule):
+    """Base of all rewritten modules. Made by `ligerfx.optimize`, never by hand."""
+
+    _original_class: type
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OptimizedModule:
+        return object.__new__(cls)
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of this module's forward, for the signature that `optimize` captured."""
+        if "_graph" not in self.__dict__:
+            shared = self._ligerfx_program.capture.graph
+            own = Graph(owning_module=self)
+            output = own.graph_copy(shared, {})
+            own.output(output)
+            self.__dict__["_graph"] = own
+        return self.__dict__["_graph"]
+
+    @graph.setter
+    def graph(self, graph: Graph) -> None:
+        self.__dict__["_graph"] = graph
+        graph.owning_module = self
+        self.recompile()
+
+    @property
+    def _code(self) -> str:
+        return self._ligerfx_program.code
+
+    def recompile(self) -> Any:
+        """Makes changes of `self.graph` effective, for this module alone."""
+        if "_graph" in self.__dict__:
+            old = self._ligerfx_program
+            new = Program(old.capture, old.guard, old.matches, old.near_misses)
+            new.function, new.code = compile_graph(self.graph)
+            self.__dict__["_ligerfx_program"] = new
+            for programs in self._ligerfx_programs.values():
+                programs[:] = [new if p is old else p for p in programs]
+        return self.graph.python_code("self")
+
+    @property
+    def itself(self) -> OptimizedModule:
+        """This module: what a graph hands to functions that want it."""
+        return self
+
+    def __deepcopy__(self, memo: dict) -> OptimizedModule:
+        new = memo[id(self)] = object.__new__(type(self))
+        state = {k: v for k, v in self.__dict__.items() if k != "_graph"}
+        new.__dict__.update(copy.deepcopy(state, memo))
+        return new
+
+    def __copy__(self) -> OptimizedModule:
+        new = object.__new__(type(self))
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_graph"})
+        return new
+
+    def __reduce__(self) -> tuple:
+        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_ligerfx") and k not in ("_graph", "report")}
+        return _rebuild, (self._original_class, state)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return self.__reduce__()
+
+
+def original_class(module: nn.Module) -> type:
+    """The class whose forward defines what the module computes."""
+    return module._original_class if isinstance(module, OptimizedModule) else type(module)
+
+
+@functools.lru_cache(maxsize=None)
+def optimized_class(cls: type) -> type:
+    """A subclass of `cls` and GraphModule, with the name and the forward signature of `cls`."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        program, leaves = find_program(self, args, kwargs)
+        if program is None or program.function is None:
+            return cls.forward(self, *args, **kwargs)
+        capture = program.capture
+        if capture.grad_enabled is None:
+            return program.function(self, *[leaves[i] for i in capture.leaves])
+        with torch.set_grad_enabled(capture.grad_enabled):
+            return program.function(self, *[leaves[i] for i in capture.leaves])
+
+    body = {
+        "forward": forward,
+        "_original_class": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls)(cls.__name__, (OptimizedModule, cls), body)
+
+
+def install(module: OptimizedModule, session: Session, program: Program) -> None:
+    """Gives a fresh optimised module its first program."""
+    module.__dict__["_ligerfx_session"] = session
+    module.__dict__["_ligerfx_program"] = program
+    module.__dict__["_ligerfx_programs"] = {program.capture.key: [program]} if program.function else {}
+
+
+def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
+    """The program that serves this call, learnt now if need be; None for the original forward."""
+    key, leaves = call_key(args, kwargs)
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        key = (*key, *(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cuda", "cpu")))
+    programs = module._ligerfx_programs
+    known = programs.get(key)
+    if known is not None:
+        for program in known:
+            if program.guard(module, leaves):
+                return program, leaves
+    if sum(map(len, programs.values())) >= MAX_SIGNATURES:
+        return None, leaves
+    session = module._ligerfx_session
+    with session.lock:
+        program = session.program_for(module, key, leaves, args, kwargs)
+    programs.setdefault(key, []).append(program)
+    return program, leaves
+
+
+def compile_graph(graph: Graph) -> tuple[Callable, str]:
+    """The Python function of a graph, and its source."""
+    source = graph.python_code("self")
+    namespace = dict(source.globals)
+    exec(compile(source.src, "<ligerfx graph>", "exec"), namespace)
+    return namespace["forward"], source.src
+
+
+def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list], bool]:
+    """A function of (module, leaves) that says whether the capture serves a call with the same key.
+
+    Checked are sizes, numbers that the model computed with, attributes that its Python code read, and the
+    modules that have no call of their own in the graph.
+    """
+    conditions: list[str] = []
+    names: dict[str, Any] = {"missing": _MISSING, "plain": plain, "has_hooks": has_hooks}
+    sizes: dict[sympy.Expr, str] = {}
+    first: dict[int, int] = {}
+    for index, value in enumerate(capture.leaf_values):
+        if isinstance(value, (TracedInt, TracedFloat)):
+            if value.used:
+                conditions.append(f"x[{index}] == {plain(value)!r}")
+        elif isinstance(value, torch.Tensor):
+            if id(value) in first:
+                conditions.append(f"x[{index}] is x[{first[id(value)]}]")
+                continue
+            first[id(value)] = index
+            for dim, size in enumerate(value.shape):
+                expr, here = expression(size), f"x[{index}].shape[{dim}]"
+                if expr.is_Integer:
+                    conditions.append(f"{here} == {int(expr)}")
+                elif expr in sizes:
+                    conditions.append(f"{here} == {sizes[expr]}")
+                else:
+                    sizes[expr] = here
+    for expr in dict.fromkeys(capture.guards):
+        if not expr.free_symbols <= sizes.keys():
+            raise CaptureError(f"depends on {expr}, which does not follow from the sizes of its inputs")
+        text = PythonPrinter().doprint(expr)
+        arguments = ", ".join(str(s) for s in expr.free_symbols)
+        conditions.append(f"(lambda {arguments}: {text})({', '.join(sizes[s] for s in expr.free_symbols)})")
+    for number, read in enumerate(capture.reads):
+        names[f"read{number}"] = read
+        conditions.append(f"read{number}.same({_module(read.path)}.__dict__.get({read.name!r}, missing))")
+    for number, (path, cls) in enumerate(dict(capture.absorbed).items()):
+        names[f"class{number}"] = cls
+        conditions.append(f"type({_module(path)}) is class{number}")
+    names["Linear"] = nn.Linear
+    for path in absorbed:
+        conditions.append(f"type({_module(path)}) is Linear and not has_hooks({_module(path)})")
+    return eval(f"lambda m, x: {' and '.join(conditions) or True}", names)
+
+
+def _module(path: str) -> str:
+    return "m" + "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
+
+
+def _rebuild(cls: type, state: dict[str, Any]) -> OptimizedModule:
+    """Unpickles an optimised module. It learns its programs again, with the default patterns."""
+    from .patterns import default_patterns
+
+    module = object.__new__(optimized_class(cls))
+    module.__dict__.update(state)
+    capture = Capture("", (), Graph(), error="unpickled: not captured yet")
+    install(module, Session(default_patterns()), Program(capture, lambda m, x: False))
+    return module

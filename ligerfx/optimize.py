@@ -1,0 +1,101 @@
+"""`optimize`: the stages in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .clone import clone_tree
+from .errors import OptimizeError
+from .inputs import normalized_inputs
+from .module import OptimizedModule, Program, Session, install, optimized_class, original_class
+from .pattern import Pattern
+from .report import Report
+from .tracer import Capture, Tracer
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: dict[str, Any] | Sequence[Any] | torch.Tensor | None = None,
+    *,
+    patterns: Sequence[Pattern] | None = None,
+) -> OptimizedModule:
+    """A copy of `model` whose RMSNorm, GLU, RoPE and logits-plus-loss run as fused Triton kernels.
+
+    The copy shares the model's parameters and computes the same: forward, loss and gradients. The model that is
+    passed in is not changed. Parts that cannot be captured stay as they are, and `result.report` says why.
+
+    Args:
+        model: any `nn.Module`; transformers models need no `example_inputs`.
+        example_inputs: one call of the model: a dict of keyword arguments, a sequence of positional ones, or a
+            tensor. Only shapes, dtypes and devices matter; other batch and sequence sizes work afterwards.
+            Default: token ids, attention mask and labels made from `model.config`.
+        patterns: what to look for, in order; default `ligerfx.patterns.default_patterns()`.
+
+    Returns:
+        A `torch.fx.GraphModule` that is also an instance of the model's class, with a `report`.
+
+    Raises:
+        OptimizeError: `model` is not a module, the inputs do not fit it, or its forward fails on them.
+
+    Example:
+        >>> import torch, ligerfx
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        ...                      num_attention_heads=4, num_key_value_heads=2)
+        >>> model = ligerfx.optimize(LlamaForCausalLM(config))
+        >>> model.report.idioms
+        {'rms_norm': 5, 'rope': 2, 'glu': 2, 'linear_cross_entropy': 1}
+    """
+    if not isinstance(model, nn.Module):
+        raise OptimizeError(f"optimize expects a torch.nn.Module, not {type(model).__name__}: pass the model itself")
+    if patterns is None:
+        from .patterns import default_patterns
+
+        patterns = default_patterns()
+    for pattern in patterns:
+        if not isinstance(pattern, Pattern):
+            raise OptimizeError(f"patterns must hold ligerfx patterns, not {pattern!r}: decorate with @ligerfx.pattern")
+    args, kwargs = normalized_inputs(model, example_inputs)
+    tracer = Tracer(model, original_class=original_class)
+    capture = tracer.trace(args, kwargs)
+    session = Session(list(patterns))
+    programs = _compile(capture, session, tracer)
+    result = _assemble(model, session, programs)
+    result.__dict__["report"] = Report.of(result, {p: c.error for p, c in capture.subtree() if c.error}, programs)
+    return result
+
+
+def _compile(capture: Capture, session: Session, tracer: Tracer) -> dict[str, Program]:
+    """A program for the captured call of each module, by module path. Twins share theirs."""
+    made: dict[int, Program] = {}
+    programs: dict[str, Program] = {}
+    for path, sub in capture.subtree():
+        if id(sub) not in made:
+            made[id(sub)] = session.compile(sub, tracer.fakes)
+        programs.setdefault(path, made[id(sub)])
+    return programs
+
+
+def _assemble(model: nn.Module, session: Session, programs: dict[str, Program]) -> OptimizedModule:
+    """The copy of the model in which every module with a rewrite, and the root, runs its program."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def class_of(module: nn.Module) -> type:
+        path = paths[id(module)]
+        rewritten = path == "" or (path in programs and programs[path].matches)
+        cls = original_class(module)
+        return optimized_class(cls) if rewritten else cls
+
+    memo: dict[int, nn.Module] = {}
+    result = clone_tree(model, class_of, memo)
+    for original_id, path in paths.items():
+        clone = memo[original_id]
+        if isinstance(clone, OptimizedModule):
+            clone.__dict__.pop("_graph", None)
+            install(clone, session, programs[path])
+            session.remember(clone, programs[path].capture.key, programs[path])
+    return result

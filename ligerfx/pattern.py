@@ -1,0 +1,216 @@
+"""Patterns: idioms written as plain PyTorch functions.
+
+    @pattern(replace=kernels.rms_norm)
+    def rms_norm(x: "... H", weight: "H", *, eps: float):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * h.to(x.dtype)
+
+One function is what is searched for, the reference, and the proof of every match. Positional parameters are
+tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "int"
+first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters are constants that the match captures. A parameter with default None is
+optional: the idiom with and without it are searched for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from .canonical import Canonicalizer, Terms, constant
+from .errors import CaptureError, PatternError
+from .symbols import FakeInputs
+from .tracer import Tracer
+
+_EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
+
+
+@dataclass(eq=False)
+class Pattern:
+    """An idiom and what replaces it. Made by `pattern`."""
+
+    function: Callable
+    replace: Callable | tuple[Callable, ...]
+    idioms: tuple[str, ...]
+    when: Callable[..., str | None] | None = None
+    tensors: dict[str, str | None] = field(default_factory=dict)  # name -> dimensions
+    constants: dict[str, str] = field(default_factory=dict)  # name -> type name
+    optional: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @functools.cached_property
+    def variants(self) -> list[Variant]:
+        """The canonical forms to search for, one for each choice of optional parameters, largest first."""
+        choices = itertools.product(*([True, False] for _ in self.optional))
+        present = [dict(zip(sorted(self.optional), choice, strict=True)) for choice in choices]
+        return [_variant(self, {n for n, there in p.items() if not there}) for p in present]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the idiom in plain PyTorch."""
+        return self.function(*args, **kwargs)
+
+
+@dataclass(eq=False)
+class Variant:
+    """The canonical form of a pattern for one choice of its optional parameters."""
+
+    pattern: Pattern
+    terms: Terms
+    parameters: dict[str, sympy.Symbol]
+    outputs: list[sympy.Expr]
+    absent: frozenset[str]
+
+    @functools.cached_property
+    def kinds(self) -> dict[sympy.Symbol, str]:
+        """Whether a symbol is a tensor parameter or a constant."""
+        return {s: "tensor" if name in self.pattern.tensors else "constant" for name, s in self.parameters.items()}
+
+    @functools.cached_property
+    def search_order(self) -> list[int]:
+        """The outputs, those that bind most parameters first, later ones before earlier ones."""
+        count = [len(self.parameters_in(output)) for output in self.outputs]
+        return sorted(range(len(count)), key=lambda i: (-count[i], -i))
+
+    def parameters_in(self, value: sympy.Expr) -> set[sympy.Symbol]:
+        """The parameters that a canonical value of this variant depends on."""
+        found: set[sympy.Symbol] = set()
+        for symbol in value.free_symbols:
+            if symbol in self.kinds:
+                found.add(symbol)
+            elif symbol in self.terms.terms:
+                for arg in self.terms.terms[symbol].args:
+                    found |= self.parameters_in(arg)
+        return found
+
+
+def pattern(
+    *,
+    replace: Callable | Sequence[Callable],
+    idioms: Sequence[str] | None = None,
+    when: Callable[..., str | None] | None = None,
+) -> Callable[[Callable], Pattern]:
+    """Turns a plain PyTorch function into a pattern.
+
+    Args:
+        replace: what computes the idiom instead; gets the pattern's parameters by name (those that it has). A
+            `functools.partial` adds fixed arguments. For a pattern with several outputs, either a function that
+            returns them all or one function for each.
+        idioms: the basic idioms that a match covers, for the report. Default: the function's name.
+        when: gets the matched tensors (fakes) and constants by name; returns None, or why it does not apply.
+
+    Raises:
+        PatternError: the function's signature is not that of a pattern.
+    """
+
+    def decorate(function: Callable) -> Pattern:
+        tensors: dict[str, str | None] = {}
+        constants: dict[str, str] = {}
+        optional = set()
+        for parameter in inspect.signature(function).parameters.values():
+            annotation = parameter.annotation
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                tensors[parameter.name] = annotation.strip("'\"") if isinstance(annotation, str) else None
+            elif parameter.kind is parameter.KEYWORD_ONLY:
+                text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+                base = text.split("|")[0].strip()
+                if base not in _EXAMPLES:
+                    raise PatternError(
+                        f"{function.__name__}: constant {parameter.name!r} must be annotated float, int or str, "
+                        f"not {text!r}"
+                    )
+                constants[parameter.name] = base
+            else:
+                raise PatternError(f"{function.__name__}: *args and **kwargs have no meaning in a pattern")
+            if parameter.default is None:
+                optional.add(parameter.name)
+        if not tensors:
+            raise PatternError(f"{function.__name__}: a pattern needs at least one tensor parameter")
+        targets = replace if callable(replace) else tuple(replace)
+        return Pattern(
+            function, targets, tuple(idioms or (function.__name__,)), when, tensors, constants, frozenset(optional)
+        )
+
+    return decorate
+
+
+def _variant(pattern: Pattern, absent: set[str]) -> Variant:
+    fakes = FakeInputs()
+    sizes: dict[str, int] = {}
+    arguments: dict[str, Any] = {}
+    parameters: dict[str, sympy.Symbol] = {}
+    for name, dims in pattern.tensors.items():
+        if name in absent:
+            arguments[name] = None
+            continue
+        shape, dtype = example(dims or "...", sizes)
+        with fakes.mode:
+            arguments[name] = torch.empty(shape, dtype=dtype)
+        parameters[name] = sympy.Symbol(name, real=True)
+    for name, kind in pattern.constants.items():
+        if name in absent:
+            arguments[name] = None
+            continue
+        parameters[name] = sympy.Symbol(name, real=True)
+        arguments[name] = constant(parameters[name], _EXAMPLES[kind])
+    try:
+        graph = Tracer(fakes=fakes).trace_function(pattern.function, arguments)
+    except CaptureError as error:
+        raise PatternError(f"{pattern.name}: not traceable: {error}") from error
+    terms = Terms("p")
+    cuts = {n: parameters[n.target] for n in graph.nodes if n.op == "placeholder"}
+    canonical = Canonicalizer(terms, cuts, rounding=False)
+    result = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+    outputs = [canonical.value(n) for n in (result if isinstance(result, tuple) else (result,))]
+    return Variant(pattern, terms, parameters, outputs, frozenset(absent))
+
+
+def example(dims: str, sizes: dict[str, int]) -> tuple[list[int], torch.dtype]:
+    """A shape and dtype for a dimension string; each name gets an even size of its own, later ones smaller."""
+    shape: list[int] = []
+    dtype = torch.float32
+    for dim in dims.split():
+        if dim == "int":
+            dtype = torch.int64
+        elif dim == "...":
+            shape += [2, 6]
+        elif dim == "*":
+            shape.append(1)
+        elif dim.isdigit():
+            shape.append(int(dim))
+        else:
+            shape.append(sizes.setdefault(dim, 40 - 4 * len(sizes)))
+    return shape, dtype
+
+
+def check_dimensions(pattern: Pattern, tensors: dict[str, torch.Tensor]) -> str | None:
+    """None where the shapes of the tensors agree with the pattern's annotations, else what does not."""
+    sizes: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        dims = [d for d in (pattern.tensors[name] or "...").split() if d != "int"]
+        shape = list(tensor.shape)
+        if "..." in dims:
+            at = dims.index("...")
+            after = len(dims) - at - 1
+            if len(shape) < len(dims) - 1:
+                return f"{name}: expected shape [{' '.join(dims)}], found {list(tensor.shape)}"
+            shape = shape[:at] + shape[len(shape) - after :]
+            dims = dims[:at] + dims[at + 1 :]
+        if len(shape) != len(dims):
+            return f"{name}: expected shape [{' '.join(dims)}], found {list(tensor.shape)}"
+        for dim, size in zip(dims, shape, strict=True):
+            if dim == "*":
+                continue
+            expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+            if expected != size:
+                return f"{name}: expected size {dim} = {expected}, found {size}"
+    return None

@@ -1,0 +1,97 @@
+"""Call signatures: what of a call must be the same for a captured graph to serve it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def call_key(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[Any]]:
+    """Splits a call into a hashable key and its variable leaves.
+
+    The key holds the structure of the arguments, every constant (strings, bools, None, dtypes, devices), and
+    the dtype, rank and device of every tensor. The leaves are the tensors, numbers and foreign objects, in order.
+    """
+    key: list[Any] = []
+    leaves: list[Any] = []
+    for value in args:
+        _flatten(value, key, leaves)
+    for name, value in kwargs.items():
+        key.append(name)
+        _flatten(value, key, leaves)
+    return tuple(key), leaves
+
+
+def _flatten(value: Any, key: list, leaves: list) -> None:
+    if isinstance(value, torch.Tensor):
+        key.append((value.dtype, value.ndim, value.device))
+        leaves.append(value)
+    elif value is None or isinstance(value, (bool, str, torch.dtype, torch.device)):
+        key.append(value)
+    elif isinstance(value, int):
+        key.append(int)
+        leaves.append(value)
+    elif isinstance(value, float):
+        key.append(float)
+        leaves.append(value)
+    elif type(value) in (tuple, list):
+        key.append((type(value), len(value)))
+        for item in value:
+            _flatten(item, key, leaves)
+    elif type(value) is dict:
+        key.append((dict, *value))
+        for item in value.values():
+            _flatten(item, key, leaves)
+    elif isinstance(value, torch.SymInt):
+        key.append(int)
+        leaves.append(value)
+    else:
+        key.append(getattr(value, "_ligerfx_stands_for", type(value)))
+        leaves.append(value)
+
+
+def parameter_names(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
+    """A readable name for each leaf of a call, in the order of `call_key`."""
+    positional = [
+        p.name for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    if positional and positional[0] == "self":
+        positional = positional[1:]
+    names: list[str] = []
+    for index, value in enumerate(args):
+        _names(value, positional[index] if index < len(positional) else f"arg{index}", names)
+    for name, value in kwargs.items():
+        _names(value, name, names)
+    return names
+
+
+def _names(value: Any, name: str, names: list[str]) -> None:
+    if type(value) in (tuple, list):
+        for index, item in enumerate(value):
+            _names(item, f"{name}_{index}", names)
+    elif type(value) is dict:
+        for key, item in value.items():
+            _names(item, f"{name}_{key}", names)
+    elif not (value is None or isinstance(value, (bool, str, torch.dtype, torch.device))):
+        names.append(name)
+
+
+def stand_in(value: Any, update: Callable) -> Any:
+    """What stands for a foreign object (a KV cache) during capture: it passes for an instance of its class.
+
+    `update(stand_in, *args)` is called in place of the one method that attention layers call on a cache. Every
+    other use raises AttributeError, which ends the capture of the module that tries.
+    """
+    cls = type(value)
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        if name in ("update", "__class__", "_ligerfx_stands_for"):
+            return object.__getattribute__(self, name)
+        raise AttributeError(f"{cls.__name__}.{name} is used inside forward")
+
+    body = {"__getattribute__": __getattribute__, "update": update, "_ligerfx_stands_for": cls}
+    return object.__new__(type(cls.__name__, (cls,), body))

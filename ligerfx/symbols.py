@@ -1,0 +1,106 @@
+"""Symbolic sizes: fake inputs whose sizes are sympy symbols, and graph nodes made from size expressions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._guards import Source
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from .errors import CaptureError
+
+
+@dataclass(frozen=True)
+class SizeSource(Source):
+    """Names the input size that a symbol stands for."""
+
+    label: str
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def _name_template(self) -> str:
+        return self.label
+
+
+class FakeInputs:
+    """Makes fake tensors whose sizes are symbols. Equal sizes get the same symbol, as torch.compile does.
+
+    Sizes 0 and 1 are ordinary sizes, so a capture made with batch 2 serves batch 1.
+    """
+
+    def __init__(self) -> None:
+        self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
+        self.mode = FakeTensorMode(shape_env=self.shape_env)
+        self._sizes: dict[int, torch.SymInt] = {}
+
+    def size(self, hint: int) -> torch.SymInt:
+        """The symbol for an input size whose value is `hint`."""
+        if hint not in self._sizes:
+            source = SizeSource(f"size_{hint}")
+            symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
+            self._sizes[hint] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        return self._sizes[hint]
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """A fake of `value`: sizes become symbols, except the width of hidden states (the last of three or
+        more dimensions of a floating-point tensor), which belongs to the model and not to the batch."""
+        static_width = value.is_floating_point() and value.ndim >= 3
+        sizes = [
+            int(size) if static_width and dim == value.ndim - 1 else self.size(int(size))
+            for dim, size in enumerate(value.shape)
+        ]
+        with self.mode:
+            return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+    def parameter(self, value: torch.Tensor) -> torch.Tensor:
+        """A fake of a parameter or buffer, with its own static sizes."""
+        with torch.no_grad():
+            return self.mode.from_tensor(value, static_shapes=True)
+
+
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    """The sympy expression of a size."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    sympy.Pow: operator.pow,
+}
+
+
+def size_node(expr: sympy.Expr, graph: torch.fx.Graph, known: dict[sympy.Expr, Any]) -> Any:
+    """A node (or an int) that computes `expr` from the sizes in `known`, which it extends.
+
+    `known` maps expressions to nodes, or to functions that make the node on first use.
+    Raises CaptureError for an expression over sizes that no placeholder of this graph has.
+    """
+    if expr.is_Integer:
+        return int(expr)
+    if expr in known:
+        entry = known[expr]
+        if not isinstance(entry, torch.fx.Node):
+            entry = known[expr] = entry()
+        return entry
+    if type(expr) not in _OPERATORS:
+        raise CaptureError(f"the size {expr} does not follow from the sizes of the inputs")
+    first, *rest = expr.args
+    result = size_node(first, graph, known)
+    for arg in rest:
+        value = size_node(arg, graph, known)
+        result = graph.call_function(_OPERATORS[type(expr)], (result, value))
+    known[expr] = result
+    return result

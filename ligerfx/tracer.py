@@ -1,0 +1,744 @@
+"""Stage 1: capture. Runs a model's own Python on fake tensors and records what it computes.
+
+Every module that is called gets its own graph; its parent holds one `call_module` node. Values are real Python
+values throughout (fake tensors with symbolic sizes), so branches, `x.shape` unpacking and isinstance checks in
+model code just work. The model itself is not touched: the tracer runs a shadow of the module tree whose
+parameters are fake and whose modules have no hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .clone import clone_tree
+from .errors import CaptureError
+from .leaves import leaf_functions
+from .signature import call_key, parameter_names, stand_in
+from .symbols import FakeInputs, expression, size_node
+from .traced_numbers import TracedFloat, TracedInt, plain
+
+_BINARY_OPERATORS: dict[str, Callable] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
+    "__truediv__": operator.truediv, "matmul": operator.matmul, "__getitem__": operator.getitem,
+    "gt": operator.gt, "lt": operator.lt, "ge": operator.ge, "le": operator.le, "eq": operator.eq,
+    "ne": operator.ne, "__floordiv__": operator.floordiv, "__setitem__": operator.setitem,
+    "__pow__": operator.pow, "__and__": operator.and_, "__or__": operator.or_,
+}  # fmt: skip
+_REFLECTED_OPERATORS: dict[str, Callable] = {
+    "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv,
+    "__rpow__": operator.pow, "__rfloordiv__": operator.floordiv,
+}  # fmt: skip
+_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
+_PLAIN = (str, bool, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
+_COMPARABLE = (*_PLAIN, tuple, list, dict, set)
+_MISSING = object()
+
+
+@dataclasses.dataclass(eq=False)
+class Read:
+    """An attribute of a module that the captured Python code looked at: the capture holds while it is so."""
+
+    path: str  # of the module, relative to the captured one
+    name: str
+    value: Any
+    state: dict[str, Any] | None = None  # shallow snapshot, where the value is a configuration-like object
+
+    def holds(self, module: nn.Module) -> bool:
+        return self.same(submodule(module, self.path).__dict__.get(self.name, _MISSING))
+
+    def same(self, value: Any) -> bool:
+        if self.state is not None:
+            return type(value) is type(self.value) and vars(value) == self.state
+        if value is self.value:
+            return True
+        if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
+            return value.__func__ is self.value.__func__
+        return type(value) is type(self.value) and isinstance(value, _COMPARABLE) and value == self.value
+
+
+@dataclasses.dataclass(eq=False)
+class Capture:
+    """The graph of one module's forward, for one call signature.
+
+    `graph` takes the tensors and numbers of the call that it uses (`leaves`: their positions in the flattened
+    call) and returns what forward returns. `error` says why there is no usable graph.
+    """
+
+    path: str
+    key: tuple
+    graph: torch.fx.Graph
+    leaves: list[int] = dataclasses.field(default_factory=list)
+    leaf_values: list[Any] = dataclasses.field(default_factory=list)
+    reads: list[Read] = dataclasses.field(default_factory=list)
+    guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
+    children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
+    absorbed: list[tuple[str, type]] = dataclasses.field(default_factory=list)  # modules without a call of their own
+    grad_enabled: bool | None = None  # where forward itself switches the grad mode
+    error: str | None = None
+    output: Any = None
+
+    def subtree(self) -> Iterator[tuple[str, Capture]]:
+        """This capture and those of all modules called inside, with paths relative to this module."""
+        yield "", self
+        for path, child in self.children:
+            for inner, capture in child.subtree():
+                yield join(path, inner), capture
+
+
+def join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    return module.get_submodule(path) if path else module
+
+
+class _LazyFakes(dict):
+    """A parameter table that makes each fake when it is first looked up."""
+
+    def __init__(self, real: dict[str, torch.Tensor | None], fake: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(real)
+        self._fake = fake
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return value if value is None else self._fake(value)
+
+
+class _Frame:
+    """One graph under construction."""
+
+    def __init__(self, path: str, capture: Capture) -> None:
+        self.path = path
+        self.capture = capture
+        self.graph = capture.graph
+        self.known: dict[int, Any] = {}  # id(value) -> node, or a function that makes it
+        self.alive: list[Any] = []  # keeps ids valid
+        self.stand_ins: dict[int, Any] = {}  # id(foreign object) -> what the module sees in its place
+        self.sizes: dict[sympy.Expr, Any] = {}
+        self.entry_mode = _mode()
+        self.recorded_modes: set[tuple] = set()
+        self.reads: dict[tuple[str, str], Read] = {}
+
+    def fail(self, reason: str) -> None:
+        self.capture.error = self.capture.error or reason
+
+    def bind(self, value: Any, node: Any) -> None:
+        self.known[id(value)] = node
+        self.alive.append(value)
+
+    def node_of(self, value: Any) -> torch.fx.Node | None:
+        entry = self.known.get(id(value))
+        if entry is not None and not isinstance(entry, torch.fx.Node):
+            entry = self.known[id(value)] = entry()
+        return entry
+
+    def bind_sizes(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
+        for dim, size in enumerate(tensor.shape):
+            expr = expression(size)
+            if not expr.is_Integer and expr not in self.sizes:
+                self.sizes[expr] = functools.partial(self.graph.call_method, "size", (node, dim))
+
+
+def _mode() -> tuple:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+class Tracer(TorchFunctionMode):
+    """Captures a module tree. One tracer serves one call of the root module.
+
+    Args:
+        root: the module to capture.
+        fakes: the fake tensor mode and its symbolic sizes.
+        original_class: maps a module to the class whose forward defines it.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module | None = None,
+        fakes: FakeInputs | None = None,
+        original_class: Callable[[nn.Module], type] = type,
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.fakes = fakes or FakeInputs()
+        self.original_class = original_class
+        self.frames: list[_Frame] = []
+        self.paused = False
+        self._fake_of: dict[int, torch.Tensor] = {}  # id(parameter) -> its fake
+        self._real_of: dict[int, torch.Tensor] = {}  # id(fake) -> the parameter
+        self._paths: dict[int, str] = {}  # id(shadow) -> path from the root
+        self._real: dict[int, nn.Module] = {}  # id(shadow) -> module
+        self._finished: dict[tuple, list[tuple[nn.Module, Capture]]] = {}
+
+    # -- entry ---------------------------------------------------------------------------------------------
+
+    def trace(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
+        """Runs the root on fake versions of the given inputs and returns its capture."""
+        shadows: dict[int, nn.Module] = {}
+        logged: dict[type, type] = {}
+        shadow_root = clone_tree(
+            self.root, lambda m: _logged_class(self.original_class(m), self._log_read, logged), shadows
+        )
+        for real_id, real in {id(m): m for m in self.root.modules()}.items():
+            self._prepare(shadows[real_id], real)
+        for path, shadow in shadow_root.named_modules():
+            self._paths[id(shadow)] = path
+        args, kwargs = self._fake_call(args, kwargs)
+        self._shadow_root = shadow_root
+        self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
+        with leaf_functions(self.root.modules(), self.record_leaf_function), self.fakes.mode, self:
+            try:
+                shadow_root(*args, **kwargs)
+            except Exception as error:  # the graph of every finished module is still good
+                self._root_capture.error = self._root_capture.error or _describe(error)
+        return self._root_capture
+
+    def _fake_call(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        memo: dict[int, Any] = {}
+
+        def fake(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                if id(value) not in memo:
+                    memo[id(value)] = self.fakes.tensor(value)
+                return memo[id(value)]
+            if type(value) is int:
+                return TracedInt(value)
+            if type(value) is float:
+                return TracedFloat(value)
+            if isinstance(value, tuple) and type(value) is tuple:
+                return tuple(fake(v) for v in value)
+            if type(value) is list:
+                return [fake(v) for v in value]
+            if type(value) is dict:
+                return {k: fake(v) for k, v in value.items()}
+            if isinstance(value, (str, bool, type(None), torch.dtype, torch.device)):
+                return value
+            return self._stand_in(value)
+
+        return tuple(fake(a) for a in args), {k: fake(v) for k, v in kwargs.items()}
+
+    def _stand_in(self, value: Any) -> Any:
+        return stand_in(value, self._record_update)
+
+    def _prepare(self, shadow: nn.Module, real: nn.Module) -> None:
+        state = shadow.__dict__
+        self._real[id(shadow)] = real
+        if "forward" in vars(real):  # replaced on the instance: whoever did it wants to be called
+            state["_ligerfx_patched"] = True
+        forward = self.original_class(real).forward
+        state["forward"] = functools.partial(self._call_module, shadow, forward)
+        for table in ("_parameters", "_buffers"):
+            state[table] = _LazyFakes(state[table], self._fake_parameter)
+        for name, value in state.items():
+            if name.endswith("_hooks") and value:
+                state[name] = type(value)()
+        if state.get("gradient_checkpointing"):
+            state["gradient_checkpointing"] = False
+
+    def _fake_parameter(self, value: torch.Tensor) -> torch.Tensor:
+        if id(value) in self._real_of:  # a buffer that forward replaced during capture
+            return value
+        if id(value) not in self._fake_of:
+            with self._pause():
+                fake = value if _is_fake(value) else self.fakes.parameter(value)
+            self._fake_of[id(value)] = fake
+            self._real_of[id(fake)] = value
+        return self._fake_of[id(value)]
+
+    # -- recording -----------------------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, tensor_types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or not self.frames:
+            return func(*args, **kwargs)
+        # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
+        # real tensors, at run time. Guards raised by the model's own Python are kept.
+        with self.fakes.shape_env.suppress_guards():
+            out = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
+        if not in_place and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
+            return out
+        frame = self.frames[-1]
+        frame.recorded_modes.add(_mode())
+        self._record(frame, *_target(func, name, args, kwargs), out)
+        return out
+
+    def _record(
+        self, frame: _Frame, op: str, target: Any, args: Sequence, kwargs: dict, out: Any
+    ) -> torch.fx.Node | None:
+        if frame.capture.error:
+            return None
+        try:
+            node_args = tuple(self._arg(frame, a) for a in args)
+            node_kwargs = {k: self._arg(frame, v) for k, v in kwargs.items()}
+        except CaptureError as error:
+            frame.fail(f"{error}, in {_call_site()[0]}")
+            return None
+        node = frame.graph.create_node(op, target, node_args, node_kwargs)
+        site, line = _call_site()
+        node.meta.update(val=out, source=site, line=line)
+        self._bind_output(frame, out, node)
+        return node
+
+    def _bind_output(self, frame: _Frame, out: Any, node: torch.fx.Node, get: Callable | None = None) -> None:
+        """Makes every tensor and every foreign object inside `out` known, by a path of nodes from `node`."""
+        make = get or (lambda: node)
+        if isinstance(out, torch.Tensor):
+            frame.bind(out, make if get else node)
+        elif dataclasses.is_dataclass(out) and not isinstance(out, type):
+            for field in dataclasses.fields(out):
+                value = getattr(out, field.name)
+                self._bind_output(frame, value, node, _getter(frame, make, getattr, field.name, value))
+        elif isinstance(out, (tuple, list)):
+            for index, value in enumerate(out):
+                self._bind_output(frame, value, node, _getter(frame, make, operator.getitem, index, value))
+        elif isinstance(out, dict):
+            for name, value in out.items():
+                self._bind_output(frame, value, node, _getter(frame, make, operator.getitem, name, value))
+        elif not isinstance(out, (*_PLAIN, torch.SymInt)):
+            frame.bind(out, make if get else node)
+
+    def _arg(self, frame: _Frame, value: Any) -> Any:
+        """What stands for `value` in the graph of `frame`. Raises CaptureError where nothing can."""
+        node = frame.node_of(value)
+        if node is not None:
+            return node
+        if isinstance(value, torch.Tensor):
+            return self._parameter_node(frame, value)
+        if isinstance(value, (TracedInt, TracedFloat)):
+            value.used = True  # not an input of this frame's graph: its value becomes part of it
+            return plain(value)
+        if isinstance(value, torch.SymInt):
+            return size_node(value.node.expr, frame.graph, frame.sizes)
+        if isinstance(value, torch.Size):
+            return tuple(self._arg(frame, v) for v in value)
+        if isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, (tuple, list)):
+            items = [self._arg(frame, v) for v in value]
+            if hasattr(value, "_fields"):
+                return type(value)(*items)
+            return tuple(items) if isinstance(value, tuple) else items
+        if type(value) is dict:
+            return {k: self._arg(frame, v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._arg(frame, v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, nn.Module) and id(value) in self._paths:
+            return self._attribute(frame, self._relative(frame, self._paths[id(value)]) or "itself", value)
+        for owner, name in self._attributes_holding(frame, value):
+            return self._attribute(frame, join(owner, name), value)
+        raise CaptureError(f"an argument of type {type(value).__name__} has no place in a graph")
+
+    def _attributes_holding(self, frame: _Frame, value: Any) -> Iterator[tuple[str, str]]:
+        for (path, name), read in frame.reads.items():
+            if read.value is value:
+                yield path, name
+
+    def _attribute(self, frame: _Frame, target: str, value: Any) -> torch.fx.Node:
+        node = frame.graph.create_node("get_attr", target)
+        node.meta["val"] = value
+        frame.bind(value, node)
+        return node
+
+    def _parameter_node(self, frame: _Frame, value: torch.Tensor) -> torch.fx.Node:
+        real = self._real_of.get(id(value))
+        if real is not None:
+            for path, owner in submodule(self.root, frame.path).named_modules():
+                for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                    if tensor is real:
+                        return self._attribute(frame, join(path, name), value)
+        raise CaptureError("a tensor that is neither an input nor a parameter of this module is used")
+
+    def _relative(self, frame: _Frame, path: str) -> str:
+        if path == frame.path:
+            return ""
+        prefix = frame.path + "." if frame.path else ""
+        if not path.startswith(prefix):
+            raise CaptureError(f"module {path!r} is used from inside {frame.path!r}")
+        return path[len(prefix) :]
+
+    def record_leaf_function(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Runs a leaf function unrecorded and records one call of it."""
+        if self.paused or not self.frames:
+            return function(*args, **kwargs)
+        with self._pause():
+            out = function(*args, **kwargs)
+        frame = self.frames[-1]
+        frame.recorded_modes.add(_mode())
+        if out is None:
+            frame.fail(f"{function.__name__} returned None, which may depend on the data")
+        self._record(frame, "call_function", function, args, kwargs, out)
+        return out
+
+    def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._pause():
+            out = torch.empty_like(key), torch.empty_like(value)
+        self._record(self.frames[-1], "call_method", "update", (cache, key, value, *args), kwargs, out)
+        return out
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        before, self.paused = self.paused, True
+        try:
+            with self.fakes.shape_env.suppress_guards():
+                yield
+        finally:
+            self.paused = before
+
+    # -- modules -------------------------------------------------------------------------------------------
+
+    def _log_read(self, shadow: nn.Module, name: str, value: Any) -> None:
+        path = self._paths.get(id(shadow))
+        if self.paused or path is None or isinstance(value, nn.Module):
+            return
+        for frame in reversed(self.frames):
+            if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
+                relative = self._relative(frame, path)
+                if (relative, name) not in frame.reads:
+                    frame.reads[relative, name] = Read(relative, name, value, _snapshot(value))
+                return
+
+    def _call_module(self, shadow: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        if self.paused:
+            return forward(shadow, *args, **kwargs)
+        path = self._paths[id(shadow)]
+        real = self._real[id(shadow)]
+        cls = self.original_class(real)
+        if self.frames and _owns_nothing(real):
+            self.frames[-1].capture.absorbed.append((self._relative(self.frames[-1], path), type(real)))
+            return forward(shadow, *args, **kwargs)
+        if self.frames and is_leaf_module(real, cls):
+            with self._pause():
+                out = forward(shadow, *args, **kwargs)
+            self._record_call(self.frames[-1], path, args, kwargs, out, real)
+            return out
+        capture, out = self._reuse(real, path, args, kwargs)
+        if capture is None:
+            capture, out = self._capture_module(shadow, forward, path, args, kwargs)
+        if self.frames:
+            parent = self.frames[-1]
+            parent.capture.children.append((self._relative(parent, path), capture))
+            self._record_call(parent, path, args, kwargs, out, real)
+        return out
+
+    def _record_call(self, frame: _Frame, path: str, args: tuple, kwargs: dict, out: Any, real: nn.Module) -> None:
+        frame.recorded_modes.add(_mode())
+        node = self._record(frame, "call_module", self._relative(frame, path), args, kwargs, out)
+        if node is not None and _exposes_parameters(real):
+            node.meta["parameters"] = {}
+            with frame.graph.inserting_before(node):
+                for name, value in real._parameters.items():
+                    if value is not None:
+                        attribute = frame.graph.create_node("get_attr", join(node.target, name))
+                        attribute.meta["val"] = self._fake_parameter(value)
+                        node.meta["parameters"][name] = attribute
+
+    def _capture_module(
+        self, shadow: nn.Module, forward: Callable, path: str, args: tuple, kwargs: dict
+    ) -> tuple[Capture, Any]:
+        key, leaves = call_key(args, kwargs)
+        capture = Capture(path, key, torch.fx.Graph(), leaf_values=leaves)
+        if not self.frames:
+            self._root_capture = capture
+        frame = _Frame(path, capture)
+        placeholders = self._placeholders(frame, forward, args, kwargs, leaves)
+        guards_before = len(self.fakes.shape_env.guards)
+        self.frames.append(frame)
+        try:
+            out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
+        except Exception as error:
+            frame.fail(_describe(error))
+            if len(self.frames) == 1:
+                raise
+            with self._pause():  # the caller's graph may be good all the same
+                out = forward(shadow, *args, **kwargs)
+        finally:
+            self.frames.pop()
+            capture.guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]
+            capture.reads = list(frame.reads.values())
+            if not capture.error:
+                self._check_modes(frame)
+        self._finish(frame, out, placeholders)
+        capture.output = out
+        self._finished.setdefault((self.original_class(self._real[id(shadow)]), key), []).append(
+            (self._real[id(shadow)], capture)
+        )
+        return capture, out
+
+    def _placeholders(
+        self, frame: _Frame, forward: Callable, args: tuple, kwargs: dict, leaves: list
+    ) -> list[torch.fx.Node]:
+        nodes = []
+        for name, value in zip(parameter_names(forward, args, kwargs), leaves, strict=True):
+            node = frame.graph.placeholder(name)
+            node.meta["val"] = value
+            nodes.append(node)
+            if id(value) in frame.known:
+                continue  # one tensor passed twice: the first name serves
+            if _is_foreign(value):
+                frame.stand_ins[id(value)] = value = self._stand_in(value)
+            frame.bind(value, node)
+            if isinstance(value, torch.Tensor):
+                frame.bind_sizes(value, node)
+            elif isinstance(value, torch.SymInt):
+                frame.sizes.setdefault(value.node.expr, node)
+        return nodes
+
+    def _check_modes(self, frame: _Frame) -> None:
+        modes = frame.recorded_modes
+        if len(modes) > 1:
+            frame.fail("the grad or autocast mode changes inside forward")
+        elif modes and modes != {frame.entry_mode}:
+            (mode,) = modes
+            if mode[1:] != frame.entry_mode[1:]:
+                frame.fail("the autocast mode changes inside forward")
+            frame.capture.grad_enabled = mode[0]
+
+    def _finish(self, frame: _Frame, out: Any, placeholders: list[torch.fx.Node]) -> None:
+        capture = frame.capture
+        if not capture.error:
+            try:
+                frame.graph.output(self._output_arg(frame, out))
+            except CaptureError as error:
+                frame.fail(str(error))
+        for index, node in enumerate(placeholders):
+            if node.users:
+                capture.leaves.append(index)
+            else:
+                frame.graph.erase_node(node)
+        for node in reversed(frame.graph.nodes):  # size nodes that served an expression made another way
+            if node.target == "size" and not node.users:
+                frame.graph.erase_node(node)
+
+    def _output_arg(self, frame: _Frame, value: Any) -> Any:
+        if frame.node_of(value) is None and dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            kwargs = {k: self._output_arg(frame, v) for k, v in fields.items() if v is not None}
+            return frame.graph.call_function(type(value), kwargs=kwargs)
+        if type(value) in (tuple, list):
+            return type(value)(self._output_arg(frame, v) for v in value)
+        return self._arg(frame, value)
+
+    def trace_function(self, function: Callable, arguments: dict[str, Any]) -> torch.fx.Graph:
+        """Records a plain function. Tensors among the (fake) arguments become placeholders by their names."""
+        frame = _Frame("", Capture("", (), torch.fx.Graph()))
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                node = frame.graph.placeholder(name)
+                node.meta["val"] = value
+                frame.bind(value, node)
+                frame.bind_sizes(value, node)
+        self.frames.append(frame)
+        try:
+            with self.fakes.mode, self:
+                out = function(**arguments)
+            frame.graph.output(self._output_arg(frame, out))
+        finally:
+            self.frames.pop()
+        if frame.capture.error:
+            raise CaptureError(frame.capture.error)
+        return frame.graph
+
+    def _reuse(self, real: nn.Module, path: str, args: tuple, kwargs: dict) -> tuple[Capture | None, Any]:
+        """The capture of an identical module called the same way, and a fresh copy of its output."""
+        key, leaves = call_key(args, kwargs)
+        for twin, capture in self._finished.get((self.original_class(real), key), ()):
+            if capture.error:
+                continue
+            same = (
+                all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
+                and _same_aliasing(capture.leaf_values, leaves)
+                and _same_structure(twin, real)
+                and all(
+                    read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads
+                )
+            )
+            if same:
+                inputs = {id(old): new for old, new in zip(capture.leaf_values, leaves, strict=True)}
+                with self._pause(), self.fakes.mode:
+                    return capture, _fresh(capture.output, inputs)
+        return None, None
+
+
+def is_leaf_module(module: nn.Module, cls: type) -> bool:
+    """True for modules that stay one node: torch's own (RMSNorm apart, an idiom), linear layers of every kind,
+    and modules whose forward was replaced on the instance."""
+    if "forward" in vars(module) or isinstance(module, nn.Linear):
+        return True
+    return cls.__module__.split(".")[0] == "torch" and cls not in (nn.RMSNorm, nn.Sequential)
+
+
+def _exposes_parameters(module: nn.Module) -> bool:
+    """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _owns_nothing(module: nn.Module) -> bool:
+    return not module._parameters and not module._buffers and not module._modules and "forward" not in vars(module)
+
+
+def _logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
+    """A subclass of `cls` that reports which instance attributes are read. It passes for `cls` by name."""
+    if cls not in cache:
+
+        def __getattribute__(self: nn.Module, name: str) -> Any:
+            value = super(logged, self).__getattribute__(name)
+            if not name.startswith("__") and name in object.__getattribute__(self, "__dict__"):
+                if name not in _INTERNAL and not name.endswith("_hooks"):
+                    log(self, name, value)
+            return value
+
+        body = {
+            "__getattribute__": __getattribute__,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+        }
+        logged = type(cls)(cls.__name__, (cls,), body)
+        cache[cls] = logged
+    return cache[cls]
+
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_ligerfx_patched", "gradient_checkpointing"}
+
+
+def _snapshot(value: Any) -> dict[str, Any] | None:
+    """A shallow copy of the state of a configuration-like object, None for anything else."""
+    if isinstance(value, (*_PLAIN, torch.Tensor, nn.Module, tuple, list, dict)) or callable(value):
+        return None
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _getter(frame: _Frame, make: Callable, function: Callable, key: Any, value: Any) -> Callable:
+    def node() -> torch.fx.Node:
+        got = frame.graph.call_function(function, (make(), key))
+        got.meta["val"] = value
+        return got
+
+    return node
+
+
+def _target(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[str, Any, tuple, dict]:
+    """The fx spelling of a torch call: an operator, a method or a function."""
+    qualname = getattr(func, "__qualname__", "")
+    is_method = qualname.startswith(("TensorBase.", "Tensor."))
+    if name == "__get__":
+        return "call_function", getattr, (args[0], func.__self__.__name__), {}
+    if is_method and not kwargs and len(args) == 2 and name in _REFLECTED_OPERATORS:
+        return "call_function", _REFLECTED_OPERATORS[name], (args[1], args[0]), {}
+    if is_method and not kwargs and name in _BINARY_OPERATORS:
+        return "call_function", _BINARY_OPERATORS[name], args, {}
+    if is_method and name == "neg":
+        return "call_function", operator.neg, args, {}
+    if is_method and isinstance(args[0], torch.Tensor):
+        return "call_method", name, args, kwargs
+    return "call_function", func, args, kwargs
+
+
+def _is_foreign(value: Any) -> bool:
+    return not isinstance(value, (torch.Tensor, *_PLAIN, torch.SymInt))
+
+
+def _with_stand_ins(value: Any, frame: _Frame) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_with_stand_ins(v, frame) for v in value)
+    if type(value) is dict:
+        return {k: _with_stand_ins(v, frame) for k, v in value.items()}
+    return frame.stand_ins.get(id(value), value)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensor(v) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    return isinstance(value, torch._subclasses.FakeTensor)
+
+
+def _same_input(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.stride() == b.stride()
+    if isinstance(a, (TracedInt, TracedFloat)):
+        return not a.used or plain(a) == plain(b)
+    return a is b
+
+
+def _same_aliasing(a: Sequence, b: Sequence) -> bool:
+    first_a = [[id(x) for x in a].index(id(x)) for x in a]
+    return first_a == [[id(x) for x in b].index(id(x)) for x in b]
+
+
+def _same_structure(a: nn.Module, b: nn.Module) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    for table in ("_parameters", "_buffers"):
+        mine, other = vars(a)[table], vars(b)[table]
+        if mine.keys() != other.keys():
+            return False
+        for x, y in zip(mine.values(), other.values(), strict=True):
+            if (x is None) != (y is None):
+                return False
+            if x is not None and (x.shape != y.shape or x.dtype != y.dtype or x.device != y.device):
+                return False
+    if a._modules.keys() != b._modules.keys():
+        return False
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and _same_structure(x, y))
+        for x, y in zip(a._modules.values(), b._modules.values(), strict=True)
+    )
+
+
+def _fresh(out: Any, inputs: dict[int, Any]) -> Any:
+    if id(out) in inputs:
+        return inputs[id(out)]
+    if isinstance(out, torch.Tensor):
+        return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        return type(out)(**{f.name: _fresh(getattr(out, f.name), inputs) for f in dataclasses.fields(out)})
+    if type(out) in (tuple, list):
+        return type(out)(_fresh(v, inputs) for v in out)
+    if isinstance(out, dict):
+        return {k: _fresh(v, inputs) for k, v in out.items()}
+    return out
+
+
+def _describe(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text}"
+
+
+def _call_site() -> tuple[str, str]:
+    """`file:line` and the source text of the model code that is being recorded."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "ligerfx.")) and module != "torch":
+            filename, number = frame.f_code.co_filename, frame.f_lineno
+            lines = inspect.linecache.getline(filename, number).strip()
+            return f"{filename.rsplit('/', 1)[-1]}:{number}", lines
+        frame = frame.f_back
+    return "?", ""

@@ -1,0 +1,41 @@
+"""The language-model head and its loss: logits = x @ weight.T (+ bias), then cross entropy in fp32.
+
+The fused kernel computes the loss and the gradients in chunks and never holds all logits; the method is that of
+"Cut Your Losses" (Wijmans et al. 2024, https://arxiv.org/abs/2411.09009). The logits that the model returns
+become deferred ones, computed when somebody looks at them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ligerfx.deferred import deferred_logits
+from ligerfx.kernels import cross_entropy, linear_cross_entropy
+from ligerfx.pattern import pattern
+
+
+def _loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:
+    return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), target.reshape(-1), **options)
+
+
+@pattern(replace=(linear_cross_entropy, deferred_logits), idioms=["linear_cross_entropy"])
+def logits_loss(
+    x: "... H", weight: "V H", target: "int ...", bias: "V" = None,
+    *, softcap: float | None = None, scale: float, ignore_index: int, reduction: str, label_smoothing: float,
+):  # fmt: skip
+    logits = F.linear(x, weight, bias) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    loss = _loss(logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    return loss, logits
+
+
+@pattern(replace=cross_entropy, idioms=["cross_entropy"])
+def loss_of_logits(
+    logits: "... V", target: "int ...", *, ignore_index: int, reduction: str, label_smoothing: float
+):
+    return _loss(logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+
+
+PATTERNS = [logits_loss, loss_of_logits]

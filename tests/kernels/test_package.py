@@ -1,0 +1,47 @@
+import subprocess
+import sys
+
+import pytest
+
+import ligerfx.kernels as kernels
+
+
+def _python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_loads_neither_torch_nor_triton():
+    _python(
+        "import sys, ligerfx.kernels as k; dir(k); "
+        "assert not {'torch', 'triton'} & set(sys.modules), 'the package is not lazy'"
+    )
+
+
+def test_functions_survive_imports_of_the_modules():
+    _python(
+        "import ligerfx.kernels.rmsnorm, ligerfx.kernels.crossentropy\n"
+        "import ligerfx.kernels.linear_crossentropy, ligerfx.kernels.rotary, ligerfx.kernels.gated\n"
+        "import ligerfx.kernels as k\n"
+        "assert all(callable(getattr(k, name)) for name in k.__all__)\n"
+        "from ligerfx.kernels import rms_norm\n"
+        "assert rms_norm is ligerfx.kernels.rmsnorm.rms_norm"
+    )
+
+
+def test_runs_without_triton():
+    _python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from ligerfx.kernels import __all__ as names\n"
+        "from ligerfx.kernels import rms_norm, rms_norm_reference\n"
+        "import ligerfx.kernels as k\n"
+        "for name in names: getattr(k, name)\n"
+        "x, w = torch.randn(3, 8), torch.randn(8)\n"
+        "assert torch.equal(rms_norm(x, w), rms_norm_reference(x, w))"
+    )
+
+
+def test_names():
+    assert set(kernels.__all__) <= set(dir(kernels))
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        kernels.nothing_of_the_kind  # noqa: B018

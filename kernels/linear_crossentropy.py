@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import launch_device, tl, triton, use_triton
+from ._runtime import launch_device, num_warps_for, tl, triton, use_triton
 from .crossentropy import (
     check_loss_options,
     cross_entropy_reference,
@@ -99,7 +99,16 @@ def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) ->
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-def _loss_and_grads(x, weight, bias, target, options, need_x, need_w, need_b):
+def _loss_and_grads(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    options: tuple,
+    need_x: bool,
+    need_w: bool,
+    need_b: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], torch.Tensor | None]:
     """The loss, a dict of the wanted gradients, and a factor that they still lack (None: none).
 
     The gradient of x covers the rows in "kept" (None: all of them).
@@ -122,8 +131,8 @@ def _loss_and_grads(x, weight, bias, target, options, need_x, need_w, need_b):
     if mean:
         factor = 1.0 / n_valid.clamp(min=1).float()
         if x.dtype == torch.float16:
-            # 1/n would push the gradients of the logits into float16's subnormals. Its power of two is applied
-            # after the products instead, where it costs no second rounding.
+            # 1/n would push the gradients of the logits into float16's subnormals. Its power of two is left
+            # to the backward instead, where it costs no second rounding.
             late_factor = torch.exp2(torch.floor(torch.log2(factor)))
             factor = factor / late_factor
     losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
@@ -131,7 +140,7 @@ def _loss_and_grads(x, weight, bias, target, options, need_x, need_w, need_b):
     dw = db = None
     if n_rows:
         rows = _chunk_rows(n_rows, vocab, x.element_size(), budget)
-        # In float16 the undivided sums of a whole batch could overflow.
+        # Several chunks need a float32 sum; so does float16, whose undivided sums could overflow.
         widen = rows < n_rows or x.dtype == torch.float16
         buffer = torch.empty(rows, vocab, dtype=x.dtype, device=x.device)
         # Few, wide programs: the second pass over a row finds it in L2 if not too many rows are under way.
@@ -146,8 +155,7 @@ def _loss_and_grads(x, weight, bias, target, options, need_x, need_w, need_b):
             with launch_device(x):
                 _loss_grad_kernel[(logits.shape[0],)](
                     logits, target_chunk, losses[start:], factor, vocab, ignore_index,
-                    scale, softcap, smoothing,
-                    need_grad, mean, block, num_warps=min(32, max(4, block // 512)),
+                    scale, softcap, smoothing, need_grad, mean, block, num_warps=num_warps_for(block),
                 )  # fmt: skip
             if need_x:
                 torch.mm(logits, weight, out=dx[start : start + rows])

@@ -103,11 +103,12 @@ def main() -> None:
     original = copy.deepcopy(model)
 
     gm = ligerfx.optimize(model)
+    python = Syntax("", "python", background_color="default")
     console.rule("What was rewritten")
     print(gm.report)
     for name, module in (("gm", gm), ("gm.model.layers[0].mlp", gm.model.layers[0].mlp)):
         console.rule(f"{name}.code")
-        console.print(Syntax(module.code.strip(), "python", background_color="default", word_wrap=True))
+        console.print(python.highlight(module.code.strip()), soft_wrap=True)
 
     console.rule(f"Training on {device}")
     batches = random_batches(model, device)

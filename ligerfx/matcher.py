@@ -9,7 +9,7 @@ canonical value of the graph. Only what is proved is rewritten.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,13 +253,19 @@ class _Unifier:
         self._size = _size(variant.outputs[variant.search_order[0]], variant.terms)
         self._done = 0
 
-    def note(self, share: float, reason: str) -> None:
-        if share > self.share:
-            self.share, self.reason = share, reason
+    def note(self, share: float, reason: str | Callable[[], str]) -> None:
+        """Keeps the reason of the failure that came furthest. Text is made only where it may be shown."""
+        if share > max(self.share, NEARLY):
+            self.share, self.reason = share, reason() if callable(reason) else reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
-        expected_text = describe(expected, self.variant.terms)
-        self.note(self._done / self._size, f"expected {expected_text}, found {describe(found, self.matcher.terms)}")
+        self.note(
+            self._done / self._size,
+            lambda: f"expected {self._expected(expected)}, found {describe(found, self.matcher.terms)}",
+        )
+
+    def _expected(self, value: sympy.Expr) -> str:
+        return describe(value, self.variant.terms)
 
     def unify(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         """All extensions of `bound` under which the pattern value `p` is the graph value `t`."""
@@ -304,7 +310,10 @@ class _Unifier:
     def _unify_number(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         if not t.is_number:
             name = f"{p}: " if p in self.variant.kinds else ""
-            self.note(self._done / self._size, f"{name}expected a constant, found {describe(t, self.matcher.terms)}")
+            self.note(
+                self._done / self._size,
+                lambda: f"{name}expected a constant, found {describe(t, self.matcher.terms)}",
+            )
             return
         p = p.subs({s: v for s, v in bound.items() if s in p.free_symbols})
         free = p.free_symbols
@@ -371,15 +380,17 @@ class _Unifier:
             if not have:
                 yield bound
             else:
-                extra = describe(func(*have), self.matcher.terms)
-                self.note(self._done / self._size, f"found {extra} besides")
+                self.note(
+                    self._done / self._size,
+                    lambda: f"found {describe(func(*have), self.matcher.terms)} besides",
+                )
             return
         p, *rest = want
         if not rest and len(have) > 1 and self.variant.kinds.get(p) == "tensor":
             yield from self.unify(p, func(*have), bound)
             return
         if not have:
-            self.note(self._done / self._size, f"expected {describe(p, self.variant.terms)} as well")
+            self.note(self._done / self._size, lambda: f"expected {self._expected(p)} as well")
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)

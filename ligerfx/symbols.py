@@ -41,6 +41,7 @@ class FakeInputs:
     def __init__(self) -> None:
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
         self.mode = FakeTensorMode(shape_env=self.shape_env)
+        self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
         self._sizes: dict[int, torch.SymInt] = {}
 
     def size(self, hint: int) -> torch.SymInt:
@@ -63,9 +64,13 @@ class FakeInputs:
             return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
     def parameter(self, value: torch.Tensor) -> torch.Tensor:
-        """A fake of a parameter or buffer, with its own static sizes."""
-        with torch.no_grad():
-            return self.mode.from_tensor(value, static_shapes=True)
+        """A fake of a parameter or buffer, with its own static sizes.
+
+        It requires no gradient: capture must save nothing for a backward, since it may run inside a region
+        whose saved tensors are counted (gradient checkpointing).
+        """
+        fake = self.mode.from_tensor(value, static_shapes=True)
+        return fake.requires_grad_(False) if fake.is_leaf else fake.detach()
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:

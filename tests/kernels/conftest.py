@@ -1,14 +1,9 @@
 """Fixtures of the kernel tests, which run on the GPU if there is one, else in Triton's interpreter."""
 
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
-
-# Triton reads this when it is imported, which the tests' own imports cause later.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
@@ -20,11 +15,6 @@ def device() -> str:
     if not (HAS_TRITON and INTERPRET):
         pytest.skip("needs a CUDA GPU, or TRITON_INTERPRET=1 before Triton is imported")
     return "cpu"
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -1,0 +1,117 @@
+"""The optimised model against the original: counts of rewrites, loss, logits and every gradient.
+
+In fp32 the comparison is direct. In low precision both are compared with the model in double precision, and the
+optimised one may not be further from it than the original. On a CPU the plain PyTorch references run, and the
+Triton kernels in the interpreter; on a GPU the kernels themselves.
+"""
+
+import copy
+
+import pytest
+import torch
+from models import FAMILIES, batch, expected_idioms, make, midsize
+
+import ligerfx
+
+GPU = torch.cuda.is_available()
+BACKENDS = ["triton"] if GPU else ["reference", "interpreter"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+    return request.param
+
+
+def run(model, inputs):
+    """Loss, logits and gradients by parameter name of one forward and backward."""
+    model.zero_grad(set_to_none=True)
+    output = model(**inputs)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return output.loss.detach(), output.logits.detach() + 0, gradients
+
+
+def error(value, truth):
+    """Relative error in the Frobenius norm."""
+    return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def assert_equal_in_fp32(model, optimised, inputs, bits):
+    loss, logits, gradients = run(model, inputs)
+    loss_, logits_, gradients_ = run(optimised, inputs)
+    assert gradients.keys() == gradients_.keys()
+    if bits:
+        assert torch.equal(loss, loss_) and torch.equal(logits, logits_)
+        assert all(torch.equal(gradients[name], gradients_[name]) for name in gradients)
+        return
+    torch.testing.assert_close(loss_, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits_, logits, rtol=1e-5, atol=1e-5 * logits.abs().max().item())
+    for name, gradient in gradients.items():
+        atol = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients_[name], gradient, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_no_worse_than_eager(model, optimised, inputs, slack=1.1):
+    """Over all parameters together; a single small one may be luckier in either."""
+    truth = copy.deepcopy(model).double()
+    loss, logits, gradients = run(truth, inputs)
+    errors = []
+    for candidate in (model, optimised):
+        loss_, logits_, gradients_ = run(candidate, inputs)
+        relative = torch.tensor([error(gradients_[n], gradients[n]) for n in gradients])
+        errors.append((abs(loss_ - loss).item() / loss.item(), error(logits_, logits), relative.square().mean().sqrt().item(), relative))
+    eager, ours = errors
+    epsilon = torch.finfo(model.dtype).eps
+    assert ours[0] <= eager[0] * slack + epsilon / 4, f"loss: {ours[0]} against eager's {eager[0]}"
+    assert ours[1] <= eager[1] * slack, f"logits: {ours[1]} against eager's {eager[1]}"
+    assert ours[2] <= eager[2] * slack, f"gradients: {ours[2]} against eager's {eager[2]}"
+    worst = (ours[3] / eager[3].clamp_min(epsilon / 4)).max().item()
+    assert worst <= 2, f"one gradient is {worst} times as far off as eager's"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_idiom_is_rewritten(family):
+    model = make(family)
+    report = ligerfx.optimize(model).report
+    assert report.idioms == expected_idioms(model)
+    assert not report.near_misses
+    assert not report.opaque
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32(family, backend, device):
+    model = make(family, device=device)
+    optimised = ligerfx.optimize(model)
+    assert optimised.report.idioms == expected_idioms(model)
+    assert_equal_in_fp32(model, optimised, batch(model), bits=backend == "reference")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_precision(family, backend, device):
+    # Triton's interpreter truncates where bf16 should be rounded, so fp16 stands for low precision there.
+    dtype = torch.float16 if backend == "interpreter" else torch.bfloat16
+    model = make(family, dtype, device)
+    optimised = ligerfx.optimize(model)
+    assert optimised.report.idioms == expected_idioms(model)
+    assert_no_worse_than_eager(model, optimised, batch(model))
+
+
+MIDSIZE_FAMILIES = [f for f in FAMILIES if "_" not in f] if GPU else ["llama", "gemma2", "qwen3", "phi4"]
+
+
+@pytest.mark.parametrize("family", MIDSIZE_FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_midsize(family, dtype, device, monkeypatch):
+    if not GPU:
+        monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+    model = midsize(family, dtype=dtype, device=device)
+    optimised = ligerfx.optimize(model)
+    assert optimised.report.idioms == expected_idioms(model)
+    inputs = batch(model, 2, 64 if GPU else 16)
+    if dtype == torch.float32:
+        assert_equal_in_fp32(model, optimised, inputs, bits=not GPU)
+    else:
+        assert_no_worse_than_eager(model, optimised, inputs)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -43,6 +45,15 @@ class FakeInputs:
         self.mode = FakeTensorMode(shape_env=self.shape_env)
         self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
         self._sizes: dict[int, torch.SymInt] = {}
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While active, operations on the fakes (and tensor factories) give fakes.
+
+        The Python dispatcher is on as well: some of torch's C++ compositions cannot count symbolic sizes.
+        """
+        with self.mode, enable_python_dispatcher():
+            yield
 
     def size(self, hint: int) -> torch.SymInt:
         """The symbol for an input size whose value is `hint`."""

@@ -200,7 +200,7 @@ class Tracer(TorchFunctionMode):
         args, kwargs = self._fake_call(args, kwargs)
         self._shadow_root = shadow_root
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
-        with leaf_functions(self.root.modules(), self.record_leaf_function), self.fakes.mode, self:
+        with leaf_functions(self.root.modules(), self.record_leaf_function), self.fakes.active(), self:
             try:
                 shadow_root(*args, **kwargs)
             except Exception as error:  # the graph of every finished module is still good
@@ -545,7 +545,7 @@ class Tracer(TorchFunctionMode):
                 frame.bind_sizes(value, node)
         self.frames.append(frame)
         try:
-            with self.fakes.mode, self:
+            with self.fakes.active(), self:
                 out = function(**arguments)
             frame.graph.output(self._output_arg(frame, out))
         finally:
@@ -570,7 +570,7 @@ class Tracer(TorchFunctionMode):
             )
             if same:
                 inputs = {id(old): new for old, new in zip(capture.leaf_values, leaves, strict=True)}
-                with self._pause(), self.fakes.mode:
+                with self._pause(), self.fakes.active():
                     return capture, _fresh(capture.output, inputs)
         return None, None
 

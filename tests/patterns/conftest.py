@@ -53,13 +53,16 @@ def assert_same() -> Callable:
 def optimise(assert_same) -> Callable:
     """Optimise a module, assert which patterns were rewritten and that it computes the same; returns the report.
 
-    The inputs of the capture come first; `others` are calls with other sizes, which must not need another one.
+    `patterns` are names or beginnings of names. The inputs of the capture come first; `others` are calls with
+    other sizes, which must not need another one.
     """
 
     def run_optimise(module, inputs, patterns, *, others=(), rtol=0.0):
         optimised = ligerfx.optimize(module, tuple(inputs))
         report = optimised.report
-        assert sorted(r.pattern for r in report.rewrites) == sorted(patterns), (report.near_misses, report.opaque)
+        found = sorted(r.pattern for r in report.rewrites)
+        as_expected = len(found) == len(patterns) and all(map(str.startswith, found, sorted(patterns)))
+        assert as_expected, (found, patterns, report.near_misses, report.opaque)
         for call in (inputs, *others):
             assert_same(module, optimised, call, rtol=rtol)
         programs = optimised._ligerfx_programs

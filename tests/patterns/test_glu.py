@@ -1,0 +1,345 @@
+"""Gated linear units: activations and halvings in every spelling, and what only looks like one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ligerfx
+
+I = 6  # noqa: E741
+
+
+class Function(nn.Module):
+    """A module that owns nothing but the function it applies."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+class MLP(nn.Module):
+    def __init__(self, activation, dtype=torch.float32, packed=False):
+        super().__init__()
+        self.packed = packed
+        self.gate = nn.Linear(I, 2 * I if packed else I, bias=False, dtype=dtype)
+        if not packed:
+            self.up = nn.Linear(I, I, bias=False, dtype=dtype)
+        self.down = nn.Linear(I, I, bias=False, dtype=dtype)
+        self.act_fn = activation
+
+    def forward(self, x):
+        if self.packed:
+            gate, up = self.gate(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate(x), self.up(x)
+        return self.down(self.act_fn(gate) * up)
+
+
+def pair(*shape, dtype=torch.float32):
+    return [2 * torch.randn(*shape, I).to(dtype) for _ in range(2)]
+
+
+def packed(*shape, dtype=torch.float32):
+    return [2 * torch.randn(*shape, 2 * I).to(dtype)]
+
+
+SILU = {
+    "functional": (F.silu, 0),
+    "module": (nn.SiLU(), 0),
+    "x * x.sigmoid()": (lambda x: x * x.sigmoid(), 1e-6),
+    "torch.sigmoid(x) * x": (lambda x: torch.sigmoid(x) * x, 1e-6),
+    "x * F.sigmoid(x)": (lambda x: x * F.sigmoid(x), 1e-6),
+    "x / (1 + exp(-x))": (lambda x: x / (1 + torch.exp(-x)), 1e-6),
+}
+GELU = {
+    "functional": (F.gelu, 0),
+    "module": (nn.GELU(), 0),
+    "erf": (lambda x: 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0))), 1e-6),
+    "erf times": (lambda x: x * 0.5 * (1.0 + (x * math.sqrt(0.5)).erf()), 1e-6),
+}
+GELU_TANH = {
+    "functional": (lambda x: F.gelu(x, approximate="tanh"), 0),
+    "module": (nn.GELU(approximate="tanh"), 0),
+    "NewGELU": (
+        lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))), 1e-6
+    ),
+    "FastGELU": (
+        lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608028654 * (1.0 + 0.044715 * x * x))), 1e-6
+    ),
+}  # fmt: skip
+RELU = {
+    "functional": (F.relu, 0),
+    "module": (nn.ReLU(), 0),
+    "torch": (torch.relu, 0),
+    "method": (lambda x: x.relu(), 0),
+}
+ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
+SPELLINGS = [(kind, name, *entry) for kind, table in ACTIVATIONS.items() for name, entry in table.items()]
+spellings = pytest.mark.parametrize(
+    ("kind", "activation", "rtol"), [pytest.param(k, a, r, id=f"{k}-{n}") for k, n, a, r in SPELLINGS]
+)
+
+
+@spellings
+def test_spelling(optimise, kind, activation, rtol):
+    others = [pair(1, 1), pair(4, 5)]
+    optimise(Function(lambda g, u: activation(g) * u), pair(2, 3), [f"{kind}_glu"], others=others, rtol=rtol)
+
+
+@spellings
+def test_order_swapped(optimise, kind, activation, rtol):
+    optimise(Function(lambda g, u: torch.mul(u, activation(g))), pair(2, 3), [f"{kind}_glu"], rtol=rtol)
+
+
+@spellings
+def test_packed(optimise, kind, activation, rtol):
+    def function(gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * activation(gate)
+
+    others = [packed(1, 1), packed(4, 5)]
+    optimise(Function(function), packed(2, 3), [f"packed_{kind}_glu"], others=others, rtol=rtol)
+
+
+def chunk(x):
+    return torch.chunk(x, 2, -1)
+
+
+def split_in_size(x):
+    return x.split(I, dim=-1)
+
+
+def split_in_sizes(x):
+    return torch.split(x, [I, I], dim=-1)
+
+
+def split_by_half_of_shape(x):
+    return torch.split(x, x.shape[-1] // 2, -1)
+
+
+def slices(x):
+    return x[..., :I], x[..., I:]
+
+
+def slices_with_negative_bound(x):
+    return x[..., :-I], x[..., -I:]
+
+
+def slices_of_half_of_shape(x):
+    half = x.size(-1) // 2
+    return x[:, :, :half], x[:, :, half:]
+
+
+def narrow(x):
+    return x.narrow(-1, 0, I), torch.narrow(x, -1, I, I)
+
+
+HALVINGS = [
+    chunk, split_in_size, split_in_sizes, split_by_half_of_shape, slices, slices_with_negative_bound,
+    slices_of_half_of_shape, narrow,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("halve", HALVINGS, ids=lambda f: f.__name__)
+def test_halving(optimise, halve):
+    def function(x):
+        gate, up = halve(x)
+        return F.silu(gate) * up
+
+    optimise(Function(function), packed(2, 3), ["packed_silu_glu"], others=[packed(1, 1), packed(4, 5)])
+
+
+@pytest.mark.parametrize("halve", HALVINGS, ids=lambda f: f.__name__)
+def test_gate_in_the_second_half_is_not_packed(optimise, halve):
+    def function(x):
+        up, gate = halve(x)
+        return F.silu(gate) * up
+
+    optimise(Function(function), packed(2, 3), ["silu_glu"], others=[packed(1, 1), packed(4, 5)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_low_precision(optimise, dtype, kind):
+    """Eager rounds after the activation, and so does the pattern: equal to the bit where it is one op."""
+    activation, _ = ACTIVATIONS[kind]["functional"]
+    optimise(Function(lambda g, u: activation(g) * u), pair(2, 3, dtype=dtype), [f"{kind}_glu"])
+    optimise(MLP(activation, dtype, packed=True), [torch.randn(2, 3, I, dtype=dtype)], [f"packed_{kind}_glu"])
+
+
+@pytest.mark.parametrize("name", ["x * x.sigmoid()", "x / (1 + exp(-x))"])
+def test_activation_with_roundings_of_its_own_is_not_rewritten_in_bf16(optimise, name):
+    """Written out, sigmoid's result is rounded to bf16 before it is multiplied; F.silu rounds once."""
+    activation, _ = SILU[name]
+    report = optimise(Function(lambda g, u: activation(g) * u), pair(2, 3, dtype=torch.bfloat16), [])
+    (miss,) = report.near_misses
+    assert miss.pattern == "silu_glu" and "rounds at another place" in miss.reason
+
+
+def test_activation_in_fp32_of_bf16_gate(optimise):
+    """The product is in fp32 and rounded once: not what F.silu(gate) * up gives."""
+    optimise(
+        Function(lambda g, u: (F.silu(g.float()) * u).to(g.dtype)),
+        pair(2, 3, dtype=torch.bfloat16),
+        ["silu_glu"],
+    )
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_in_an_mlp_with_an_activation_module(optimise, kind, is_packed):
+    activation, _ = ACTIVATIONS[kind]["module"]
+    name = f"packed_{kind}_glu" if is_packed else f"{kind}_glu"
+    x = [torch.randn(2, 3, I)]
+    report = optimise(MLP(activation, packed=is_packed), x, [name], others=[[torch.randn(5, 1, I)]])
+    assert report.idioms == {"glu": 1}
+    assert report.summary == "1/1 GLU"
+
+
+def test_gate_and_up_are_one_tensor(optimise):
+    optimise(Function(lambda x: F.silu(x) * x), pair(2, 3)[:1], ["silu_glu"], others=[pair(1, 4)[:1]])
+
+
+def test_operands_are_pointwise_arithmetic(optimise):
+    optimise(Function(lambda g, u: F.silu(g) * (u + g)), pair(2, 3), ["silu_glu"], rtol=1e-6)
+    optimise(Function(lambda g, u: F.silu(g) * (u * 0.5)), pair(2, 3), ["silu_glu"], rtol=1e-6)
+    optimise(Function(lambda g, u: F.silu(2 * g) * u), pair(2, 3), ["silu_glu"], rtol=1e-6)
+    optimise(Function(lambda g, u: F.silu(g + u) * u), pair(2, 3), ["silu_glu"], rtol=1e-6)
+    optimise(Function(lambda g, u: (F.silu(g) * u) * 3 + g), pair(2, 3), ["silu_glu"], rtol=1e-6)
+
+
+def test_three_factors(optimise):
+    optimise(Function(lambda g, u: F.silu(g) * u * u.sin()), pair(2, 3), ["silu_glu"], rtol=1e-6)
+
+
+def test_silu_on_both_sides(optimise):
+    """Ambiguous: either factor may be the gate, and the numbers are the same."""
+    optimise(Function(lambda g, u: F.silu(g) * F.silu(u)), pair(2, 3), ["silu_glu"], rtol=1e-6)
+
+
+def test_in_the_interpreter(optimise, monkeypatch):
+    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
+    optimise(Function(lambda g, u: F.silu(g) * u), pair(2, 3), ["silu_glu"], rtol=1e-5)
+    optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu"], rtol=1e-5)
+
+
+# -- what must not match ---------------------------------------------------------------------------------------
+
+NEVER = {
+    "quick gelu": (lambda g, u: g * torch.sigmoid(1.702 * g) * u, "silu_glu", "found -1.702"),
+    "swapped sign": (lambda g, u: g * torch.sigmoid(-g) * u, "silu_glu", "expected -1, found 1"),
+    "sum": (lambda g, u: F.silu(g) + u, None, None),
+    "difference": (lambda g, u: F.silu(g) - u, None, None),
+    "quotient": (lambda g, u: F.silu(g) / u, None, None),
+    "sigmoid gate": (lambda g, u: torch.sigmoid(g) * u, None, None),
+    "tanh gate": (lambda g, u: torch.tanh(g) * u, None, None),
+    "relu squared": (lambda g, u: F.relu(g) ** 2 * u, None, None),
+    "relu6": (lambda g, u: F.relu6(g) * u, None, None),
+    "leaky relu": (lambda g, u: F.leaky_relu(g) * u, None, None),
+    "mish": (lambda g, u: F.mish(g) * u, None, None),
+    "elu": (lambda g, u: F.elu(g) * u, None, None),
+    "clamped above": (lambda g, u: g.clamp(max=0) * u, None, None),
+    "no activation": (lambda g, u: g * u, None, None),
+    "gelu of another constant": (
+        lambda g, u: 0.5 * g * (1 + torch.erf(g / 1.5)) * u, "gelu_glu", None,
+    ),
+    "tanh gelu of another constant": (
+        lambda g, u: 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.05 * g**3))) * u,
+        "gelu_tanh_glu", None,
+    ),
+    "another shape": (lambda g, u: F.silu(g) * u[..., :1], "silu_glu", "up: expected size I = 6, found 1"),
+    "broadcast over the batch": (lambda g, u: F.silu(g) * u[:1], "silu_glu", "expected"),
+    "clamped": (lambda g, u: F.silu(g).clamp(max=1) * u, None, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_another_formula_is_not_rewritten(optimise, name):
+    function, pattern, reason = NEVER[name]
+    report = optimise(Function(function), pair(2, 3), [])
+    if pattern is not None:
+        assert [m.pattern for m in report.near_misses] == [pattern]
+        assert reason is None or reason in report.near_misses[0].reason
+
+
+def three_parts(x):
+    gate, up = x[..., :4], x[..., 4:8]
+    return F.silu(gate) * up
+
+
+def overlapping(x):
+    return F.silu(x[..., :I]) * x[..., I - 1 : -1]
+
+
+def halves_of_another_dimension(x):
+    gate, up = x.chunk(2, dim=0)
+    return F.silu(gate) * up
+
+
+def every_second(x):
+    return F.silu(x[..., ::2]) * x[..., 1::2]
+
+
+@pytest.mark.parametrize(
+    "function", [three_parts, overlapping, halves_of_another_dimension, every_second], ids=lambda f: f.__name__
+)
+def test_what_is_not_two_halves_is_not_packed(optimise, function):
+    optimise(Function(function), packed(2, 3), ["silu_glu"])
+
+
+@pytest.mark.parametrize("function", [lambda g, u: (F.silu(g) * u, F.silu(g)), lambda g, u: (F.silu(g) * u, u + 1)])
+def test_inputs_may_be_used_elsewhere(optimise, function):
+    optimise(Function(function), pair(2, 3), ["silu_glu"])
+
+
+def test_gate_activation_used_elsewhere(optimise):
+    def function(g, u):
+        act = F.silu(g)
+        return act * u, act.mean()
+
+    report = optimise(Function(function), pair(2, 3), [])
+    (miss,) = report.near_misses
+    assert miss.pattern == "silu_glu"
+    assert "`silu` has a second user, `mean at test_glu.py:" in miss.reason
+
+
+def test_activation_in_place(assert_same):
+    def function(g, u):
+        g, u = g + 0, u + 0
+        return F.silu(g, inplace=True) * u, g
+
+    call = pair(2, 3)
+    optimised = ligerfx.optimize(Function(function), tuple(call))
+    assert_same(Function(function), optimised, call)
+
+
+def test_activation_module_in_place(assert_same):
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.act = nn.Linear(I, I), nn.ReLU(inplace=True)
+
+        def forward(self, x, u):
+            g = self.linear(x)
+            y = self.act(g) * u
+            return y + g
+
+    module, call = Module(), pair(2, 3)
+    optimised = ligerfx.optimize(module, tuple(call))
+    assert_same(module, optimised, call)
+
+
+def test_hooked_activation_module_is_kept(optimise):
+    """An activation with a hook is called, and its hook fires."""
+    seen = []
+    module = MLP(nn.SiLU())
+    module.act_fn.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    optimised = ligerfx.optimize(module, (torch.randn(2, 3, I),))
+    optimised(torch.randn(2, 3, I))
+    assert seen == [(2, 3, I)]

@@ -46,6 +46,13 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
     return device is not None and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives matrix products on this device now; None where it is off."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU current: Triton launches on the current device, whatever its arguments are."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

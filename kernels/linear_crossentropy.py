@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import launch_device, num_warps_for, tl, triton, use_triton
+from ._runtime import autocast_dtype, launch_device, num_warps_for, tl, triton, use_triton
 from .crossentropy import (
     check_loss_options,
     cross_entropy_reference,
@@ -227,7 +227,7 @@ def _check(
         raise TypeError(
             f"linear_cross_entropy: expected floating-point inputs, got {[t.dtype for t in tensors]}"
         )
-    if len({t.dtype for t in tensors}) > 1 and not torch.is_autocast_enabled(x.device.type):
+    if len({t.dtype for t in tensors}) > 1 and autocast_dtype(x.device.type) is None:
         raise TypeError(
             "linear_cross_entropy: x, weight and bias must have one dtype outside autocast, "
             f"got {[t.dtype for t in tensors]}"
@@ -290,9 +290,8 @@ def linear_cross_entropy(
     """
     check_loss_options("linear_cross_entropy", target, reduction, label_smoothing, softcap)
     _check(x, weight, target, bias, logits_budget)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, weight, bias = (
             t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
         )

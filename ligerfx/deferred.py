@@ -129,10 +129,11 @@ def deferred_logits(
             logits = torch.tanh(logits / softcap) * softcap
         return logits
 
+    from .kernels._runtime import autocast_dtype  # imports Triton, which `import ligerfx` must not
+
     inputs = [t for t in (x, weight, bias) if t is not None]
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x.device.type) or x.dtype
     requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return DeferredTensor.make(
-        compute, [(t, t._version) for t in inputs], (*x.shape[:-1], weight.shape[0]), dtype, x.device, requires_grad
+        compute, [(t, t._version) for t in inputs if not t.is_inference()], (*x.shape[:-1], weight.shape[0]), dtype, x.device, requires_grad
     )

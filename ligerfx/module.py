@@ -225,7 +225,7 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
 def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether the capture serves a call with the same key.
 
-    Checked are sizes, numbers that the model computed with, attributes that its Python code read, and the
+    Checked are the sizes of tensors that the graph itself works on, numbers that the model computed with, attributes that its Python code read, and the
     modules that have no call of their own in the graph.
     """
     conditions: list[str] = []
@@ -241,6 +241,8 @@ def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list],
                 conditions.append(f"x[{index}] is x[{first[id(value)]}]")
                 continue
             first[id(value)] = index
+            if index in capture.passed_on:
+                continue  # whoever gets it looks at its sizes; a guard may still refer to them
             for dim, size in enumerate(value.shape):
                 expr, here = expression(size), f"x[{index}].shape[{dim}]"
                 if expr.is_Integer:
@@ -249,6 +251,9 @@ def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list],
                     conditions.append(f"{here} == {sizes[expr]}")
                 else:
                     sizes[expr] = here
+    for index in capture.passed_on:
+        for dim, size in enumerate(getattr(capture.leaf_values[index], "shape", ())):
+            sizes.setdefault(expression(size), f"x[{index}].shape[{dim}]")
     for expr in dict.fromkeys(capture.guards):
         if not expr.free_symbols <= sizes.keys():
             raise CaptureError(f"depends on {expr}, which does not follow from the sizes of its inputs")

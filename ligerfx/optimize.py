@@ -62,11 +62,29 @@ def optimize(
     args, kwargs = normalized_inputs(model, example_inputs)
     tracer = Tracer(model, original_class=original_class)
     capture = tracer.trace(args, kwargs)
+    if capture.error is not None:
+        _check_that_it_runs(model, args, kwargs)
     session = Session(list(patterns))
     programs = _compile(capture, session, tracer)
     result = _assemble(model, session, programs)
     result.__dict__["report"] = Report.of(result, {p: c.error for p, c in capture.subtree() if c.error}, programs)
     return result
+
+
+def _check_that_it_runs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Raises OptimizeError if the model itself fails on the example inputs, rather than its capture."""
+    state = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise OptimizeError(
+            f"{type(model).__name__} fails on example_inputs: {type(error).__name__}: {error}. "
+            "Pass example_inputs with which model(...) runs"
+        ) from error
+    finally:
+        for buffer, value in state:
+            buffer.copy_(value)
 
 
 def _compile(capture: Capture, session: Session, tracer: Tracer) -> dict[str, Program]:

@@ -93,5 +93,8 @@ def stand_in(value: Any, update: Callable) -> Any:
             return object.__getattribute__(self, name)
         raise AttributeError(f"{cls.__name__}.{name} is used inside forward")
 
-    body = {"__getattribute__": __getattribute__, "update": update, "_ligerfx_stands_for": cls}
+    def record_update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return update(self, *args, **kwargs)
+
+    body = {"__getattribute__": __getattribute__, "update": record_update, "_ligerfx_stands_for": cls}
     return object.__new__(type(cls.__name__, (cls,), body))

@@ -21,6 +21,8 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
 from .clone import clone_tree
@@ -43,6 +45,7 @@ _REFLECTED_OPERATORS: dict[str, Callable] = {
 }  # fmt: skip
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
 _PLAIN = (str, bool, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
+_GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
 _COMPARABLE = (*_PLAIN, tuple, list, dict, set)
 _MISSING = object()
 
@@ -82,6 +85,7 @@ class Capture:
     graph: torch.fx.Graph
     leaves: list[int] = dataclasses.field(default_factory=list)
     leaf_values: list[Any] = dataclasses.field(default_factory=list)
+    passed_on: set[int] = dataclasses.field(default_factory=set)  # leaves that only modules and leaf functions get
     reads: list[Read] = dataclasses.field(default_factory=list)
     guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
     children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
@@ -177,7 +181,7 @@ class Tracer(TorchFunctionMode):
         self.fakes = fakes or FakeInputs()
         self.original_class = original_class
         self.frames: list[_Frame] = []
-        self.paused = False
+        self.paused = self.guessing = False
         self._fake_of: dict[int, torch.Tensor] = {}  # id(parameter) -> its fake
         self._real_of: dict[int, torch.Tensor] = {}  # id(fake) -> the parameter
         self._paths: dict[int, str] = {}  # id(shadow) -> path from the root
@@ -264,6 +268,8 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, tensor_types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if self.paused or not self.frames:
+            if self.guessing and getattr(func, "__name__", "") in _GUESSES:
+                return _GUESSES[func.__name__]
             return func(*args, **kwargs)
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
         # real tensors, at run time. Guards raised by the model's own Python are kept.
@@ -324,7 +330,10 @@ class Tracer(TorchFunctionMode):
             value.used = True  # not an input of this frame's graph: its value becomes part of it
             return plain(value)
         if isinstance(value, torch.SymInt):
-            return size_node(value.node.expr, frame.graph, frame.sizes)
+            size = size_node(value.node.expr, frame.graph, frame.sizes)
+            if isinstance(size, torch.fx.Node):
+                size.meta.setdefault("val", value)
+            return size
         if isinstance(value, torch.Size):
             return tuple(self._arg(frame, v) for v in value)
         if isinstance(value, _PLAIN):
@@ -382,7 +391,9 @@ class Tracer(TorchFunctionMode):
         frame.recorded_modes.add(_mode())
         if out is None:
             frame.fail(f"{function.__name__} returned None, which may depend on the data")
-        self._record(frame, "call_function", function, args, kwargs, out)
+        node = self._record(frame, "call_function", function, args, kwargs, out)
+        if node is not None:
+            node.meta["leaf"] = True
         return out
 
     def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -392,13 +403,16 @@ class Tracer(TorchFunctionMode):
         return out
 
     @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
-        before, self.paused = self.paused, True
+    def _pause(self, guess: bool = False) -> Iterator[None]:
+        """While active, nothing is recorded. With `guess`, questions about the data of fakes are answered with
+        0: for a module that stays as it is, only the kind of its output is wanted."""
+        before = self.paused, self.guessing
+        self.paused, self.guessing = True, guess or self.guessing
         try:
             with self.fakes.shape_env.suppress_guards():
                 yield
         finally:
-            self.paused = before
+            self.paused, self.guessing = before
 
     # -- modules -------------------------------------------------------------------------------------------
 
@@ -465,7 +479,7 @@ class Tracer(TorchFunctionMode):
             frame.fail(_describe(error))
             if len(self.frames) == 1:
                 raise
-            with self._pause():  # the caller's graph may be good all the same
+            with self._pause(guess=True):  # the caller's graph may be good all the same
                 out = forward(shadow, *args, **kwargs)
         finally:
             self.frames.pop()
@@ -517,6 +531,8 @@ class Tracer(TorchFunctionMode):
             except CaptureError as error:
                 frame.fail(str(error))
         for index, node in enumerate(placeholders):
+            if all(user.op == "call_module" or "leaf" in user.meta for user in node.users):
+                capture.passed_on.add(index)
             if node.users:
                 capture.leaves.append(index)
             else:
@@ -727,16 +743,32 @@ def _fresh(out: Any, inputs: dict[int, Any]) -> Any:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)):
+        return f"its Python code branches on the values of a tensor ({_raised_at(error)})"
     text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text} ({_raised_at(error)})"
+
+
+def _raised_at(error: Exception) -> str:
+    """`file:line` of the innermost model code that an error came through."""
+    site = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        if _is_model_code(trace.tb_frame):
+            site = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return site
+
+
+def _is_model_code(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] not in ("torch", "ligerfx", "sympy", "contextlib")
 
 
 def _call_site() -> tuple[str, str]:
     """`file:line` and the source text of the model code that is being recorded."""
     frame = sys._getframe(1)
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "ligerfx.")) and module != "torch":
+        if _is_model_code(frame):
             filename, number = frame.f_code.co_filename, frame.f_lineno
             lines = inspect.linecache.getline(filename, number).strip()
             return f"{filename.rsplit('/', 1)[-1]}:{number}", lines

@@ -61,6 +61,7 @@ GELU = {
     "functional": (F.gelu, 0),
     "module": (nn.GELU(), 0),
     "erf": (lambda x: 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0))), 1e-6),
+    "halved": (lambda x: (x / 2) * (1 + torch.erf(x / math.sqrt(2))), 1e-6),
     "erf times": (lambda x: x * 0.5 * (1.0 + (x * math.sqrt(0.5)).erf()), 1e-6),
 }
 GELU_TANH = {
@@ -173,13 +174,12 @@ def test_low_precision(optimise, dtype, kind):
     optimise(MLP(activation, dtype, packed=True), [torch.randn(2, 3, I, dtype=dtype)], [f"packed_{kind}_glu"])
 
 
-@pytest.mark.parametrize("name", ["x * x.sigmoid()", "x / (1 + exp(-x))"])
-def test_activation_with_roundings_of_its_own_is_not_rewritten_in_bf16(optimise, name):
-    """Written out, sigmoid's result is rounded to bf16 before it is multiplied; F.silu rounds once."""
+@pytest.mark.parametrize("name", ["x * x.sigmoid()", "torch.sigmoid(x) * x"])
+def test_written_out_in_low_precision(optimise, name):
+    """Roundings between ops of one dtype are left to the kernel: equal up to two of them."""
     activation, _ = SILU[name]
-    report = optimise(Function(lambda g, u: activation(g) * u), pair(2, 3, dtype=torch.bfloat16), [])
-    (miss,) = report.near_misses
-    assert miss.pattern == "silu_glu" and "rounds at another place" in miss.reason
+    call = pair(2, 3, dtype=torch.bfloat16)
+    optimise(Function(lambda g, u: activation(g) * u), call, ["silu_glu"], rtol=2**-7)
 
 
 def test_activation_in_fp32_of_bf16_gate(optimise):
@@ -202,16 +202,23 @@ def test_in_an_mlp_with_an_activation_module(optimise, kind, is_packed):
     assert report.summary == "1/1 GLU"
 
 
-def test_gate_and_up_are_one_tensor(optimise):
-    optimise(Function(lambda x: F.silu(x) * x), pair(2, 3)[:1], ["silu_glu"], others=[pair(1, 4)[:1]])
+POINTWISE = {
+    "up a sum": lambda g, u: F.silu(g) * (u + u.flip(0)),
+    "up a sum with the gate": lambda g, u: F.silu(g) * (u + g),
+    "up scaled": lambda g, u: F.silu(g) * (u * 0.5),
+    "gate scaled": lambda g, u: F.silu(2 * g) * u,
+    "gate a sum": lambda g, u: F.silu(g + g.flip(0)) * u,
+    "gate a sum with up": lambda g, u: F.silu(g + u) * u,
+    "product scaled": lambda g, u: (F.silu(g) * u) * 3,
+    "product added": lambda g, u: (F.silu(g) * u) + g,
+    "gate is up": lambda g, u: F.silu(g) * g,
+}
 
 
-def test_operands_are_pointwise_arithmetic(optimise):
-    optimise(Function(lambda g, u: F.silu(g) * (u + g)), pair(2, 3), ["silu_glu"], rtol=1e-6)
-    optimise(Function(lambda g, u: F.silu(g) * (u * 0.5)), pair(2, 3), ["silu_glu"], rtol=1e-6)
-    optimise(Function(lambda g, u: F.silu(2 * g) * u), pair(2, 3), ["silu_glu"], rtol=1e-6)
-    optimise(Function(lambda g, u: F.silu(g + u) * u), pair(2, 3), ["silu_glu"], rtol=1e-6)
-    optimise(Function(lambda g, u: (F.silu(g) * u) * 3 + g), pair(2, 3), ["silu_glu"], rtol=1e-6)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_of_and_inside_pointwise_arithmetic(optimise, name):
+    """Gate and up may be pointwise arithmetic of the same graph (an adapter's sum, say), and so may be the rest."""
+    optimise(Function(POINTWISE[name]), pair(2, 3), ["silu_glu"], others=[pair(1, 4)], rtol=1e-6)
 
 
 def test_three_factors(optimise):
@@ -254,7 +261,7 @@ NEVER = {
         "gelu_tanh_glu", None,
     ),
     "another shape": (lambda g, u: F.silu(g) * u[..., :1], "silu_glu", "up: expected size I = 6, found 1"),
-    "broadcast over the batch": (lambda g, u: F.silu(g) * u[:1], "silu_glu", "expected"),
+    "broadcast over the batch": (lambda g, u: F.silu(g) * u[:1], "silu_glu", "must have one shape"),
     "clamped": (lambda g, u: F.silu(g).clamp(max=1) * u, None, None),
 }  # fmt: skip
 
@@ -306,7 +313,7 @@ def test_gate_activation_used_elsewhere(optimise):
     report = optimise(Function(function), pair(2, 3), [])
     (miss,) = report.near_misses
     assert miss.pattern == "silu_glu"
-    assert "`silu` has a second user, `mean at test_glu.py:" in miss.reason
+    assert "`silu` has a second user, `mean` at test_glu.py:" in miss.reason
 
 
 def test_activation_in_place(assert_same):
@@ -335,7 +342,7 @@ def test_activation_module_in_place(assert_same):
     assert_same(module, optimised, call)
 
 
-def test_hooked_activation_module_is_kept(optimise):
+def test_hooked_activation_module_is_kept():
     """An activation with a hook is called, and its hook fires."""
     seen = []
     module = MLP(nn.SiLU())

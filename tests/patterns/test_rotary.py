@@ -1,0 +1,356 @@
+"""Rotary position embedding: layouts and spellings of rotate-half, and what only looks like it."""
+
+import pytest
+import torch
+from torch import nn
+
+import ligerfx
+
+B, S, D = 6, 5, 8  # the batch is no head count: equal sizes of the captured call are taken to be one
+PATTERN, PARTIAL = "rotary", "partial_rotary"
+
+
+class Rotary(nn.Module):
+    """Rotates q and k by `function(x, cos, sin)`, cos and sin unsqueezed at `dim`."""
+
+    def __init__(self, function, dim=1):
+        super().__init__()
+        self.function = function
+        self.dim = dim
+
+    def forward(self, q, k, cos, sin):
+        cos, sin = cos.unsqueeze(self.dim), sin.unsqueeze(self.dim)
+        return self.function(q, cos, sin), self.function(k, cos, sin)
+
+
+def call(batch=B, seq=S, heads=(4, 2), rotated=D, head_dim=D, dim=1, angles=None, dtype=torch.float32):
+    """q and k (heads at `dim`), and cos and sin as transformers makes them; the angles need no gradient."""
+    states = [torch.randn(batch, n, seq, head_dim, dtype=dtype) for n in heads]
+    if dim == 2:
+        states = [x.transpose(1, 2).contiguous() for x in states]
+    half = torch.randn(angles or batch, seq, rotated // 2)
+    full = torch.cat([half, half], -1)
+    return [*states, full.cos().to(dtype), full.sin().to(dtype)]
+
+
+def by_slices(x):
+    x1 = x[..., : x.shape[-1] // 2]
+    x2 = x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def by_chunk(x):
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([-x2, x1], dim=-1)
+
+
+def by_split(x):
+    x1, x2 = torch.split(x, x.shape[-1] // 2, dim=-1)
+    return torch.concat((x2.neg(), x1), -1)
+
+
+def by_constant_slices(x):
+    return torch.cat((torch.neg(x[:, :, :, D // 2 :]), x[:, :, :, : D // 2]), 3)
+
+
+def by_narrow_and_times_minus_one(x):
+    half = x.shape[-1] // 2
+    return torch.cat((-1 * x.narrow(-1, half, half), x.narrow(-1, 0, half)), dim=-1)
+
+
+HALVES = [by_slices, by_chunk, by_split, by_constant_slices, by_narrow_and_times_minus_one]
+
+
+@pytest.mark.parametrize("rotate_half", HALVES, ids=lambda f: f.__name__)
+def test_spelling_of_rotate_half(optimise, rotate_half):
+    module = Rotary(lambda x, cos, sin: (x * cos) + (rotate_half(x) * sin))
+    others = [call(1, 1), call(3, 9)]
+    report = optimise(module, call(), [PATTERN], others=others)
+    assert report.idioms == {"rope": 1} and not report.near_misses
+
+
+SUMS = {
+    "operands swapped": lambda x, cos, sin: cos * x + sin * by_slices(x),
+    "sine first": lambda x, cos, sin: by_slices(x) * sin + x * cos,
+    "functions": lambda x, cos, sin: torch.add(torch.mul(x, cos), torch.mul(by_slices(x), sin)),
+    "methods": lambda x, cos, sin: x.mul(cos).add(by_slices(x).mul(sin)),
+    "minus the negative": lambda x, cos, sin: x * cos - (-by_slices(x)) * sin,
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_spelling_of_the_sum(optimise, name):
+    optimise(Rotary(SUMS[name]), call(), [PATTERN], others=[call(1, 1)])
+
+
+def standard(x, cos, sin):
+    return x * cos + by_slices(x) * sin
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1), (1, 1), (1, 4)], ids=str)
+def test_head_counts(optimise, heads):
+    optimise(Rotary(standard), call(heads=heads), [PATTERN], others=[call(3, 7, heads=heads)])
+
+
+@pytest.mark.parametrize("angles", [1, B])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_layout_and_batch_of_the_angles(optimise, dim, angles):
+    optimise(Rotary(standard, dim), call(dim=dim, angles=angles), [PATTERN])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_low_precision(optimise, dtype):
+    optimise(Rotary(standard), call(dtype=dtype), [PATTERN])
+
+
+def test_angles_in_fp32_and_states_in_bf16(optimise):
+    """The result is in fp32, as it is in the original."""
+    q, k, _, _ = call(dtype=torch.bfloat16)
+    optimise(Rotary(standard), [q, k, *call()[2:]], [PATTERN])
+
+
+def test_rotated_in_fp32_and_rounded(optimise):
+    """Qwen2-VL and others: the states are cast up, rotated and cast back."""
+
+    def function(q, k, cos, sin):
+        dtype = q.dtype
+        q, k, cos, sin = q.float(), k.float(), cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+        return standard(q, cos, sin).to(dtype), standard(k, cos, sin).to(dtype)
+
+    # Only the gradients of cos and sin differ: where theirs from q and k are added.
+    report = optimise(QAndK(function), call(dtype=torch.bfloat16), [PATTERN], rtol=2**-7)
+    assert report.summary == "1/1 RoPE"
+
+
+def partial_by_slices(x, cos, sin):
+    n = cos.shape[-1]
+    turned, rest = x[..., :n], x[..., n:]
+    return torch.cat([standard(turned, cos, sin), rest], dim=-1)
+
+
+def partial_by_split(x, cos, sin):
+    turned, rest = x.split([4, 4], -1)
+    return torch.cat((turned * cos + by_chunk(turned) * sin, rest), -1)
+
+
+@pytest.mark.parametrize("function", [partial_by_slices, partial_by_split], ids=lambda f: f.__name__)
+def test_partial(optimise, function):
+    others = [call(1, 1, rotated=4), call(3, 7, rotated=4)]
+    report = optimise(Rotary(function), call(rotated=4), [PARTIAL], others=others)
+    assert report.idioms == {"rope": 1}
+
+
+def test_partial_that_rotates_everything(optimise):
+    optimise(Rotary(partial_by_slices), call(), [""], others=[call(3, 7)])
+
+
+class Attention(nn.Module):
+    """Projections, rotation and scores in one graph, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(16, 4 * D), nn.Linear(16, 2 * D)
+
+    def forward(self, x, cos, sin):
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        for _ in range(2):
+            q = self.q(x).view(x.shape[0], x.shape[1], 4, D).transpose(1, 2)
+            k = self.k(x).view(x.shape[0], x.shape[1], 2, D).transpose(1, 2)
+            q, k = standard(q, cos, sin), standard(k, cos, sin)
+            scores = q.view(x.shape[0], 2, 2, -1, D) @ k.unsqueeze(2).transpose(-1, -2)
+            x = x * scores.mean((1, 2, 3)).unsqueeze(-1)
+        return x
+
+
+def test_inlined_between_projections(optimise):
+    inputs = [torch.randn(B, S, 16), *call()[2:]]
+    others = [[torch.randn(3, 4, 16), *call(3, 4)[2:]]]
+    report = optimise(Attention(), inputs, [PATTERN, PATTERN], others=others, rtol=1e-6)
+    assert report.idioms == {"rope": 2}
+
+
+def test_in_the_interpreter(optimise, assert_same, monkeypatch):
+    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
+    optimise(Rotary(standard), call(), [PATTERN], rtol=1e-6)
+    optimise(Rotary(partial_by_slices), call(rotated=4), [PARTIAL], rtol=1e-6)
+    module, inputs = Rotary(standard, 2), call(dim=2)
+    without_grad = ligerfx.optimize(module, tuple(inputs))
+    for a, b in zip(without_grad(*inputs), module(*inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# -- what must not match ---------------------------------------------------------------------------------------
+
+
+def interleaved(x):
+    x1, x2 = x[..., ::2], x[..., 1::2]
+    return torch.stack((-x2, x1), dim=-1).flatten(-2)
+
+
+def sign_flipped(x):
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x2, -x1), -1)
+
+
+def both_positive(x):
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x2, x1), -1)
+
+
+def halves_not_exchanged(x):
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((-x1, x2), -1)
+
+
+def uneven(x):
+    return torch.cat((-x[..., 2:], x[..., :2]), -1)
+
+
+def over_another_dimension(x):
+    x1, x2 = x.chunk(2, 1)
+    return torch.cat((-x2, x1), 1)
+
+
+OTHER_ROTATIONS = [interleaved, sign_flipped, both_positive, halves_not_exchanged, uneven, over_another_dimension]
+
+
+@pytest.mark.parametrize("rotation", OTHER_ROTATIONS, ids=lambda f: f.__name__)
+def test_another_rotation_is_not_rewritten(optimise, rotation):
+    heads = (4, 2)
+    optimise(Rotary(lambda x, cos, sin: x * cos + rotation(x) * sin), call(heads=heads), [])
+
+
+OTHER_SUMS = {
+    "difference": lambda x, cos, sin: x * cos - by_slices(x) * sin,
+    "rotated half not multiplied": lambda x, cos, sin: x * cos + by_slices(x),
+    "scaled": lambda x, cos, sin: x * cos + 2 * by_slices(x) * sin,
+    "two tensors": lambda x, cos, sin: x.flip(-1) * cos + by_slices(x) * sin,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SUMS)
+def test_another_sum_is_not_rewritten(optimise, name):
+    optimise(Rotary(OTHER_SUMS[name]), call(), [])
+
+
+def test_something_added(assert_same):
+    """The rotation is a part of the sum. Whether it is rewritten or not, the numbers are the original's."""
+    module, inputs = Rotary(lambda x, cos, sin: x * cos + by_slices(x) * sin + cos), call()
+    assert_same(module, ligerfx.optimize(module, tuple(inputs)), inputs, rtol=1e-6)
+
+
+def test_one_table_as_cosine_and_sine(optimise):
+    optimise(QAndK(lambda q, k, cos: (standard(q, cos, cos), standard(k, cos, cos))), table_call(), [PATTERN])
+
+
+def table_call():
+    q, k, cos, _ = call()
+    return [q, k, cos.unsqueeze(1)]
+
+
+def test_sine_and_cosine_swapped_are_a_rotation_by_other_tables(optimise):
+    """cos and sin are names: with them exchanged it is the same formula on exchanged tables."""
+    optimise(Rotary(lambda x, cos, sin: standard(x, sin, cos)), call(), [PATTERN])
+
+
+class QAndK(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def only_q(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return standard(q, cos, sin), k
+
+
+def k_the_other_way(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return standard(q, cos, sin), standard(k, sin, cos)
+
+
+def k_backwards(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return standard(q, cos, sin), standard(k, cos, -sin)
+
+
+def rotate_half_returned_too(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = by_slices(q)
+    return q * cos + half * sin, standard(k, cos, sin), half
+
+
+def k_depends_on_rotated_q(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q = standard(q, cos, sin)
+    return q, standard(k * q.mean(), cos, sin)
+
+
+def k_depends_on_rotated_q_in_an_opaque_way(q, k, cos, sin):
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    q = standard(q, cos, sin)
+    return q, standard(torch.roll(k, 1) * q.max(), cos, sin)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [only_q, k_the_other_way, k_backwards, rotate_half_returned_too, k_depends_on_rotated_q,
+     k_depends_on_rotated_q_in_an_opaque_way],
+    ids=lambda f: f.__name__,
+)  # fmt: skip
+def test_q_and_k_that_are_not_rotated_together(optimise, function):
+    optimise(QAndK(function), call(), [], rtol=1e-6)
+
+
+def test_three_tensors_rotated(optimise):
+    """v is rotated as well: one pair is rewritten, the third stays."""
+
+    def function(q, k, v, cos, sin):
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return standard(q, cos, sin), standard(k, cos, sin), standard(v, cos, sin)
+
+    q, k, cos, sin = call()
+    optimise(QAndK(function), [q, k, torch.randn_like(k), cos, sin], [PATTERN])
+
+
+def test_one_tensor_as_q_and_k(optimise, assert_same):
+    module = QAndK(lambda q, k, cos, sin: Rotary(standard)(q, q, cos, sin))
+    inputs = call()
+    assert_same(module, ligerfx.optimize(module, tuple(inputs)), inputs, rtol=1e-6)
+
+
+def test_angles_per_head_are_not_rewritten(optimise):
+    q, k, _, _ = call(heads=(4, 4))
+    angles = torch.randn(B, 4, S, D)
+    module = QAndK(lambda q, k, cos, sin: (standard(q, cos, sin), standard(k, cos, sin)))
+    report = optimise(module, [q, k, angles.cos(), angles.sin()], [])
+    (miss,) = report.near_misses  # of the pair, once
+    assert miss.pattern == PATTERN and "must have one shape and broadcast over the heads" in miss.reason
+
+
+def test_q_and_k_of_different_dtype_are_not_rewritten(optimise):
+    q, k, cos, sin = call()
+    report = optimise(Rotary(standard), [q, k.bfloat16(), cos, sin], [])
+    (miss,) = report.near_misses
+    assert "q and k, or cos and sin, differ in dtype" in miss.reason
+
+
+def test_q_used_again_before_k_is_there(optimise, assert_same):
+    """The rotated q is needed to compute k: one kernel for both would come too late."""
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(D, D)
+
+        def forward(self, q, cos, sin):
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            q = standard(q, cos, sin)
+            return q, standard(self.linear(q), cos, sin)
+
+    q, _, cos, sin = call()
+    report = optimise(Module(), [q, cos, sin], [])
+    assert any("before the last input is there" in m.reason for m in report.near_misses)

@@ -1,0 +1,507 @@
+"""The module that comes back: dispatch, guards, copies, and that it is the model's own class."""
+
+import copy
+import gc
+import inspect
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from models import batch, make
+from torch import nn
+
+import ligerfx
+from ligerfx import OptimizedModule
+
+H = 8
+
+
+@pytest.fixture(autouse=True)
+def references(monkeypatch):
+    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(H))
+        self.eps, self.scales = 1e-6, [1.0, 2.0]
+
+    def forward(self, x, power: int = 1, *, twice=False):
+        x = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)) * self.scales[1]
+        return x * 2 if twice else x
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make("llama")
+
+
+def programs(optimised):
+    """How many programs each optimised module holds."""
+    return {
+        name: sum(map(len, m._ligerfx_programs.values()))
+        for name, m in optimised.named_modules()
+        if isinstance(m, OptimizedModule)
+    }
+
+
+def assert_same(optimised, model, inputs, rtol=1e-6):
+    found, expected = optimised(**inputs), model(**inputs)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=rtol, atol=0)
+    atol = rtol * expected.logits.abs().max().item()
+    torch.testing.assert_close(found.logits + 0, expected.logits, rtol=rtol, atol=atol)
+    optimised.zero_grad(set_to_none=True)
+    found.loss.backward()
+    gradients = {n: p.grad for n, p in optimised.named_parameters()}
+    optimised.zero_grad(set_to_none=True)
+    expected.loss.backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert (gradients[name] is None) == (gradient is None), name
+        if gradient is not None:
+            atol = 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=atol)
+    model.zero_grad(set_to_none=True)
+
+
+# -- what it is ------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_graph_module_and_the_models_class(llama):
+    optimised = ligerfx.optimize(llama)
+    assert isinstance(optimised, torch.fx.GraphModule) and isinstance(optimised, type(llama))
+    assert type(optimised).__name__ == type(llama).__name__
+    assert inspect.signature(optimised.forward) == inspect.signature(llama.forward)
+    assert inspect.signature(type(optimised).forward) == inspect.signature(type(llama).forward)
+    mlp, original = optimised.model.layers[0].mlp, llama.model.layers[0].mlp
+    assert isinstance(mlp, torch.fx.GraphModule) and isinstance(mlp, type(original))
+    assert "glu" in mlp.code and "glu" in str(mlp.graph)
+
+
+def test_state_and_parameters_are_shared(llama):
+    optimised = ligerfx.optimize(llama)
+    assert list(optimised.state_dict()) == list(llama.state_dict())
+    assert [n for n, _ in optimised.named_modules()] == [n for n, _ in llama.named_modules()]
+    pairs = zip(optimised.named_parameters(), llama.named_parameters(), strict=True)
+    assert all(n == m and p is q for (n, p), (m, q) in pairs)
+    assert str(optimised).splitlines()[0] == str(llama).splitlines()[0]
+
+
+def test_optimising_the_result_again(llama):
+    once = ligerfx.optimize(llama)
+    twice = ligerfx.optimize(once)
+    assert twice.report.idioms == once.report.idioms
+    assert type(twice).__mro__.count(OptimizedModule) == 1
+    assert_same(twice, llama, batch(llama))
+
+
+def test_load_state_dict(llama):
+    model = copy.deepcopy(llama)
+    optimised = ligerfx.optimize(model)
+    other = make("llama", seed=5)
+    optimised.load_state_dict(other.state_dict())
+    assert_same(optimised, other, batch(llama))
+
+
+# -- dispatch --------------------------------------------------------------------------------------------------
+
+
+def test_other_sizes_make_no_program(llama):
+    optimised = ligerfx.optimize(llama)
+    optimised(**batch(llama))
+    before = programs(optimised)
+    for shape in [(1, 4), (3, 9), (2, 2), (5, 16), (1, 1), (7, 2)]:
+        inputs = batch(llama, *shape, ignore=0.0)
+        torch.testing.assert_close(optimised(**inputs).logits + 0, llama(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert programs(optimised) == before
+
+
+def test_a_new_signature_is_captured_once(llama):
+    optimised = ligerfx.optimize(llama)
+    inputs = batch(llama)
+    optimised(**inputs)
+    variants = [
+        {k: v for k, v in inputs.items() if k != "labels"},
+        {k: v for k, v in inputs.items() if k != "attention_mask"},
+        {**inputs, "output_hidden_states": True},
+        {**inputs, "return_dict": False},
+        {**inputs, "use_cache": False},
+    ]
+    for variant in variants:
+        before = programs(optimised)[""]
+        for _ in range(3):
+            optimised(**variant)
+        assert programs(optimised)[""] <= before + 1
+    settled = programs(optimised)
+    for variant in variants:
+        optimised(**variant)
+    assert programs(optimised) == settled
+
+
+def test_positional_and_keyword_arguments(llama):
+    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    expected = llama(inputs["input_ids"], inputs["attention_mask"]).logits
+    torch.testing.assert_close(optimised(inputs["input_ids"], inputs["attention_mask"]).logits + 0, expected)
+
+
+def test_inputs_embeds(llama):
+    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    embeds = llama.model.embed_tokens(inputs.pop("input_ids")).detach()
+    assert_same(optimised, llama, {**inputs, "inputs_embeds": embeds})
+
+
+def test_wrong_arguments_raise_as_in_the_original(llama):
+    optimised = ligerfx.optimize(llama)
+    for wrong in ({"nonsense": 1, "input_ids": torch.ones(1, 2)}, {}):
+        with pytest.raises(Exception) as expected:  # noqa: PT011, B017
+            llama(**wrong)
+        with pytest.raises(expected.type):
+            optimised(**wrong)
+
+
+def test_more_signatures_than_are_remembered():
+    module = Norm()
+    optimised = ligerfx.optimize(module, (torch.randn(2, 3, H),))
+    for rank in range(1, 25):
+        x = torch.randn(*[1] * rank, H)
+        assert torch.equal(optimised(x), module(x))
+    assert programs(optimised)[""] <= 16
+    x = torch.randn(2, 3, H)
+    assert torch.equal(optimised(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_another_dtype_of_input(dtype):
+    module = Norm()
+    optimised = ligerfx.optimize(module, (torch.randn(2, 3, H),))
+    x = torch.randn(2, 3, H, dtype=dtype)
+    found, expected = optimised(x), module(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2**-7 if dtype.itemsize == 2 else 1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_converted_after_optimize(dtype):
+    model = make("llama")
+    optimised = ligerfx.optimize(copy.deepcopy(model)).to(dtype)
+    model = model.to(dtype)
+    loss, expected = optimised(**batch(model)).loss, model(**batch(model)).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-12 if dtype == torch.float64 else 2**-6, atol=0)
+
+
+# -- guards ----------------------------------------------------------------------------------------------------
+
+
+def both(model):
+    return ligerfx.optimize(model), copy.deepcopy(model)
+
+
+def test_attribute_changed_after_optimize(llama):
+    optimised, model = both(llama)
+    inputs = batch(llama)
+    assert_same(optimised, model, inputs)
+    for value in (0.5, 2.0, 1e-6):
+        for m in (optimised, model):
+            m.model.layers[0].input_layernorm.variance_epsilon = value
+        assert_same(optimised, model, inputs)
+    assert llama.model.layers[0].input_layernorm.variance_epsilon == 1e-6
+
+
+def test_attribute_of_the_attention_changed(llama):
+    optimised, model = both(llama)
+    for m in (optimised, model):
+        m.model.layers[1].self_attn.scaling = 3.0
+    assert_same(optimised, model, batch(llama))
+
+
+def test_list_attribute_changed_in_place():
+    module = Norm()
+    optimised, x = ligerfx.optimize(module, (torch.randn(2, 3, H),)), torch.randn(2, 3, H)
+    optimised(x)
+    optimised.scales = [1.0, 5.0]
+    assert torch.equal(optimised(x), module(x) / 2 * 5)
+    optimised.scales[1] = 3.0
+    torch.testing.assert_close(optimised(x), module(x) / 2 * 3)
+
+
+def test_attribute_of_the_config_changed(llama):
+    optimised, model = both(make("gemma2"))
+    inputs = batch(llama)
+    assert_same(optimised, model, inputs)
+    for m in (optimised, model):
+        m.config.final_logit_softcapping = 1.5
+    assert_same(optimised, model, inputs)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, lambda: nn.GELU(approximate="tanh")])
+def test_activation_replaced(llama, activation):
+    optimised, model = both(llama)
+    for m in (optimised, model):
+        m.model.layers[0].mlp.act_fn = activation()
+    assert_same(optimised, model, batch(llama))
+
+
+def test_activation_with_another_attribute():
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.act = nn.Linear(H, H), nn.Linear(H, H), nn.GELU()
+
+        def forward(self, x):
+            return self.act(self.gate(x)) * self.up(x)
+
+    optimised, model = ligerfx.optimize(module := MLP(), (torch.randn(2, 3, H),)), copy.deepcopy(module)
+    for m in (optimised, model):
+        m.act.approximate = "tanh"
+    x = torch.randn(2, 3, H) * 3
+    assert torch.equal(optimised(x), model(x))
+
+
+class Plus(nn.Module):
+    """An adapter: wraps a layer and adds something to its result."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.scale = layer, nn.Parameter(torch.tensor(0.3))
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        out = self.layer(x)
+        return out + self.scale * out.sin()
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.gate_proj", "model.layers.1.self_attn.q_proj",
+                                  "model.norm", "model.layers.0.mlp", "model.embed_tokens"])  # fmt: skip
+def test_layer_wrapped_after_optimize(llama, path):
+    optimised, model = both(llama)
+    assert_same(optimised, model, batch(llama))
+    for m in (optimised, model):
+        m.set_submodule(path, Plus(m.get_submodule(path)))
+    assert_same(optimised, model, batch(llama))
+
+
+def test_head_replaced_by_another_linear(llama):
+    optimised, model = both(llama)
+    head = nn.Linear(64, 256)
+    for m in (optimised, model):
+        m.lm_head = head
+    assert_same(optimised, model, batch(llama))
+
+
+def test_weights_replaced_and_resized(llama):
+    optimised, model = both(copy.deepcopy(llama))
+    for m in (optimised, model):
+        torch.manual_seed(2)
+        m.resize_token_embeddings(264)
+    assert_same(optimised, model, batch(llama))
+
+
+def test_forward_replaced_on_an_instance(llama):
+    optimised, model = both(llama)
+    for m in (optimised, model):
+        norm = m.model.layers[0].input_layernorm
+        norm.forward = lambda x: x * 0.5
+    assert_same(optimised, model, batch(llama))
+    optimised, model = both(llama)
+    for m in (optimised, model):
+        m.lm_head.forward = (lambda f: lambda x: f(x) * 0.5)(m.lm_head.forward)
+    assert_same(optimised, model, batch(llama))
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp", "model.norm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hook_fires(llama, path, when):
+    model = copy.deepcopy(llama)
+    if when == "before":
+        model.get_submodule(path).register_forward_hook(lambda m, args, out: out * 1.5)
+        optimised = ligerfx.optimize(model)
+    else:
+        optimised = ligerfx.optimize(model)
+        for m in (optimised, model):
+            m.get_submodule(path).register_forward_hook(lambda m, args, out: out * 1.5)
+    assert_same(optimised, model, batch(llama))
+
+
+def test_train_and_eval():
+    model = make("llama", attention_dropout=0.5)
+    optimised, inputs = ligerfx.optimize(model), batch(model)
+    for training in (False, True, False):
+        optimised.train(training)
+        copied = copy.deepcopy(model).train(training)
+        torch.manual_seed(1)
+        found = optimised(**inputs).loss
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, copied(**inputs).loss, rtol=1e-6, atol=0)
+    assert model.training
+
+
+def test_autocast(llama):
+    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = optimised(**inputs).loss, llama(**inputs).loss
+    torch.testing.assert_close(loss, expected, rtol=2**-7, atol=0)
+    assert_same(optimised, llama, inputs)
+
+
+# -- copies ----------------------------------------------------------------------------------------------------
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved], ids=lambda f: f.__name__)
+def test_copies_are_independent_and_optimised(llama, copied):
+    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised(**inputs)
+    other = copied(optimised)
+    assert type(other) is type(optimised) and isinstance(other.model.layers[0].mlp, OptimizedModule)
+    assert not {id(p) for p in other.parameters()} & {id(p) for p in optimised.parameters()}
+    assert_same(other, llama, inputs)
+    used = [p for ps in other.model.layers[0].mlp._ligerfx_programs.values() for p in ps if p.matches]
+    assert [m.pattern.name for m in used[0].matches] == ["silu_glu"]
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    assert_same(optimised, llama, inputs)
+
+
+def test_copies_keep_ties():
+    optimised = ligerfx.optimize(make("llama_tied"))
+    for other in (copy.deepcopy(optimised), pickled(optimised)):
+        assert other.lm_head.weight is other.model.embed_tokens.weight
+
+
+def test_deepcopy_keeps_what_was_changed(llama):
+    optimised, model = both(llama)
+    for m in (optimised, model):
+        m.model.norm.variance_epsilon = 0.5
+    assert_same(copy.deepcopy(optimised), model, batch(llama))
+
+
+def test_shallow_copy(llama):
+    optimised = copy.copy(ligerfx.optimize(llama))
+    assert_same(optimised, llama, batch(llama))
+
+
+# -- editing ---------------------------------------------------------------------------------------------------
+
+
+def scale_output(module, factor):
+    graph = module.graph
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    with graph.inserting_before(output):
+        output.replace_input_with(output.args[0], graph.call_function(torch.mul, (output.args[0], factor)))
+    module.recompile()
+
+
+def test_edited_graph_takes_effect_for_this_module_alone(llama):
+    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    first, second = optimised.model.layers[0].mlp, optimised.model.layers[1].mlp
+    x = torch.randn(2, 9, 64)
+    one, two = first(x), second(x)
+    code = second.code
+    scale_output(first, 2.0)
+    assert torch.equal(first(x), 2 * one) and torch.equal(second(x), two)
+    assert "mul" in first.code and second.code == code
+    loss = optimised(**inputs).loss
+    fresh = ligerfx.optimize(llama)
+    torch.testing.assert_close(fresh(**inputs).loss, llama(**inputs).loss)
+    assert not torch.equal(loss, fresh(**inputs).loss)
+
+
+def test_edited_graph_survives_a_copy(llama):
+    optimised = ligerfx.optimize(llama)
+    mlp, x = optimised.model.layers[0].mlp, torch.randn(2, 9, 64)
+    expected = 2 * mlp(x)
+    scale_output(mlp, 2.0)
+    assert torch.equal(copy.deepcopy(mlp)(x), expected)
+
+
+def test_graph_set_and_recompiled():
+    module = Norm()
+    optimised, x = ligerfx.optimize(module, (torch.randn(2, 3, H),)), torch.randn(2, 3, H)
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.neg, (graph.placeholder("x"),)))
+    optimised.graph = graph
+    assert torch.equal(optimised(x), -x)
+
+
+def test_reading_the_graph_changes_nothing(llama):
+    optimised = ligerfx.optimize(llama)
+    mlp, x = optimised.model.layers[0].mlp, torch.randn(2, 9, 64)
+    before, code = mlp(x), mlp.code
+    assert {n.op for n in mlp.graph.nodes} >= {"placeholder", "output"}
+    mlp.graph.lint()
+    mlp.recompile()
+    assert torch.equal(mlp(x), before) and mlp.code == code
+    mlp.print_readable(print_output=False)
+
+
+# -- calls -----------------------------------------------------------------------------------------------------
+
+
+def test_arguments_with_defaults_and_keywords():
+    module = Norm()
+    optimised = ligerfx.optimize(module, (torch.randn(2, 3, H),))
+    x = torch.randn(2, 3, H)
+    for args, kwargs in [((x,), {}), ((x, 3), {}), ((x,), {"twice": True}), ((), {"x": x, "power": 2})]:
+        assert torch.equal(optimised(*args, **kwargs), module(*args, **kwargs))
+
+
+def test_requires_grad_of_inputs_does_not_matter():
+    module = Norm()
+    optimised = ligerfx.optimize(module, (torch.randn(2, 3, H),))
+    x = torch.randn(2, 3, H, requires_grad=True)
+    for leaf in (x, x.detach()):
+        assert torch.equal(optimised(leaf), module(leaf))
+    optimised(x).sum().backward()
+    assert x.grad is not None
+    module.weight.requires_grad_(False)
+    assert not optimised(x.detach()).requires_grad
+
+
+def test_generate(llama):
+    model = llama.eval()
+    try:
+        optimised, inputs = ligerfx.optimize(model).eval(), batch(model)
+        call = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        expected = model.generate(**call, max_new_tokens=4, do_sample=False)
+        assert torch.equal(optimised.generate(**call, max_new_tokens=4, do_sample=False), expected)
+    finally:
+        model.train()
+
+
+def test_report_and_programs_do_not_keep_the_models_alive():
+    model = make("llama", num_hidden_layers=1)
+    optimised = ligerfx.optimize(model)
+    optimised(**batch(model))
+    report = optimised.report
+    refs = [weakref.ref(model), weakref.ref(optimised), weakref.ref(model.lm_head.weight)]
+    del model, optimised
+    gc.collect()
+    assert [r() for r in refs] == [None] * 3
+    assert report.idioms["rms_norm"] == 3 and "RMSNorm" in str(report)
+
+
+def test_inputs_and_activations_are_not_kept_alive():
+    module = nn.Sequential(Norm(), nn.Linear(H, H))
+    optimised = ligerfx.optimize(module, (torch.randn(2, 3, H),))
+    x = torch.randn(2, 3, 4, H)  # a new signature: captured at this call
+    y = optimised(x)
+    refs = [weakref.ref(x), weakref.ref(y)]
+    del x, y
+    gc.collect()
+    assert [r() for r in refs] == [None, None]

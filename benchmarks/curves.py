@@ -3,7 +3,8 @@
     python -m benchmarks.curves                                     # a few minutes on a CPU
     python -m benchmarks.curves --device cuda --dtype bfloat16
 
-Writes curves.png and curves.json to docs/benchmarks. The text is the help that Python ships
+A third run shows what rounding alone does over the steps: the original again, with its embedding moved by one
+unit in the last place. Writes curves.png and curves.json to docs/benchmarks. The text is the help that Python ships
 (`pydoc_data.topics`, about 700 kB), tokenised by bytes, so nothing has to be downloaded.
 """
 
@@ -72,14 +73,18 @@ def train(model: nn.Module, batches: list[Tensor], description: str) -> list[flo
 
 
 def compare(name: str, steps: int, device: str, dtype: torch.dtype) -> dict[str, list[float]]:
-    """Train the original and the optimised model from the same weights on the same batches."""
+    """Train the original, the optimised and a minutely moved original on the same batches."""
     torch.manual_seed(0)
     model = build(name).to(device, dtype)
     original = copy.deepcopy(model)  # `optimize` shares the parameters of the model that it is given
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.get_input_embeddings().weight.mul_(1 + torch.finfo(dtype).eps)
     batches = text_batches(steps, device)
     return {
         "original": train(original, batches, f"{name}, original"),
         "optimised": train(ligerfx.optimize(model), batches, f"{name}, optimised"),
+        "original moved by one ulp": train(moved, batches, f"{name}, moved"),
     }
 
 
@@ -92,12 +97,14 @@ def plot(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
         losses.set_title(name)
         losses.set_ylabel("loss")
         losses.legend()
-        difference = [abs(a - b) for a, b in zip(curve["original"], curve["optimised"], strict=True)]
-        gap.plot(difference, ".", color="tab:gray")
+        for other, marker, color in (("optimised", ".", "tab:red"), ("original moved by one ulp", "x", "tab:gray")):
+            difference = [abs(a - b) for a, b in zip(curve["original"], curve[other], strict=True)]
+            gap.plot(difference, marker, color=color, markersize=4, label=other)
         gap.set_yscale("symlog", linthresh=1e-8)  # logarithmic, with room for an exact zero
-        gap.set_ylim(bottom=0)
-        gap.set_ylabel("absolute difference")
+        gap.set_ylim(0, 1)
+        gap.set_ylabel("absolute difference to the original")
         gap.set_xlabel("step")
+        gap.legend()
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -124,9 +131,15 @@ def main() -> None:
         json.dumps({"title": title, "losses": curves}, indent=1) + "\n"
     )
     for name, curve in curves.items():
-        worst = max(abs(a - b) for a, b in zip(curve["original"], curve["optimised"], strict=True))
+        optimised, moved = (
+            max(abs(a - b) for a, b in zip(curve["original"], curve[other], strict=True))
+            for other in ("optimised", "original moved by one ulp")
+        )
         first, last = curve["original"][0], curve["original"][-1]
-        Console().print(f"{name}: loss {first:.4f} -> {last:.4f}, largest difference {worst:.1e}")
+        Console().print(
+            f"{name}: loss {first:.4f} -> {last:.4f}, largest difference {optimised:.1e}, "
+            f"of the original moved by one ulp {moved:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ class Values:
             "y": self.fakes.tensor(torch.empty(2, 6, 8, dtype=dtype)),
             "w": self.fakes.parameter(torch.empty(8, dtype=w_dtype or dtype)),
         }
-        self.symbols = {
-            n: self.terms.symbol("input", (n,), (), t.dtype) for n, t in self.inputs.items()
-        }
+        self.symbols = {n: self.terms.symbol("input", (n,), (), t.dtype) for n, t in self.inputs.items()}
 
     def __call__(self, function):
         graph = Tracer(fakes=self.fakes).trace_function(function, self.inputs)
@@ -36,7 +34,8 @@ class Values:
 
 EQUAL = {
     "squares": [
-        lambda x, y, w: x * x, lambda x, y, w: x**2, lambda x, y, w: x.pow(2), lambda x, y, w: torch.square(x),
+        lambda x, y, w: x * x, lambda x, y, w: x**2, lambda x, y, w: x.pow(2),
+        lambda x, y, w: torch.square(x),
         lambda x, y, w: x.square(), lambda x, y, w: torch.pow(x, 2.0), lambda x, y, w: torch.mul(x, x),
     ],
     "inverse roots": [
@@ -54,7 +53,7 @@ EQUAL = {
     ],
     "a factor of one": [
         lambda x, y, w: x, lambda x, y, w: x * 1, lambda x, y, w: x * 1.0, lambda x, y, w: x + 0,
-        lambda x, y, w: x * 8 * 0.125, lambda x, y, w: -(-x), lambda x, y, w: x.contiguous(),
+        lambda x, y, w: x * 8 * 0.125, lambda x, y, w: x.neg().neg(), lambda x, y, w: x.contiguous(),
     ],
     "sums": [
         lambda x, y, w: x + y + w, lambda x, y, w: w + (y + x), lambda x, y, w: torch.add(x, y).add(w),
@@ -62,7 +61,8 @@ EQUAL = {
     ],
     "distribution": [lambda x, y, w: x * (1 + w), lambda x, y, w: x + x * w, lambda x, y, w: (w + 1.0) * x],
     "silu": [
-        lambda x, y, w: F.silu(x), lambda x, y, w: x * torch.sigmoid(x), lambda x, y, w: x / (1 + torch.exp(-x)),
+        lambda x, y, w: F.silu(x), lambda x, y, w: x * torch.sigmoid(x),
+        lambda x, y, w: x / (1 + torch.exp(-x)),
         lambda x, y, w: F.sigmoid(x) * x,
     ],
     "gelu": [
@@ -79,7 +79,8 @@ EQUAL = {
         lambda x, y, w: x.mean(-1, keepdim=True), lambda x, y, w: torch.mean(x, dim=2, keepdim=True),
         lambda x, y, w: x.mean((-1,), True), lambda x, y, w: x.mean(-1).unsqueeze(-1),
         lambda x, y, w: x.mean(-1)[..., None], lambda x, y, w: x.sum(-1, keepdim=True) / 8,
-        lambda x, y, w: x.sum(-1, keepdim=True) / x.shape[-1], lambda x, y, w: x.sum(-1, keepdim=True) * 0.125,
+        lambda x, y, w: x.sum(-1, keepdim=True) / x.shape[-1],
+        lambda x, y, w: x.sum(-1, keepdim=True) * 0.125,
     ],
     "first halves": [
         lambda x, y, w: x[..., :4], lambda x, y, w: x.chunk(2, -1)[0], lambda x, y, w: x.split(4, dim=-1)[0],
@@ -98,10 +99,12 @@ EQUAL = {
     ],
     "reshapes to the same": [
         lambda x, y, w: x, lambda x, y, w: x.view(x.shape), lambda x, y, w: x.reshape(*x.shape),
-        lambda x, y, w: x.flatten(0, 1).view(x.shape[0], x.shape[1], 8), lambda x, y, w: x[...], lambda x, y, w: x[:],
+        lambda x, y, w: x.flatten(0, 1).view(x.shape[0], x.shape[1], 8), lambda x, y, w: x[...],
+        lambda x, y, w: x[:],
     ],
     "transposes": [
-        lambda x, y, w: x.transpose(1, 2), lambda x, y, w: x.transpose(-1, -2), lambda x, y, w: x.permute(0, 2, 1),
+        lambda x, y, w: x.transpose(1, 2), lambda x, y, w: x.transpose(-1, -2),
+        lambda x, y, w: x.permute(0, 2, 1),
         lambda x, y, w: x.swapaxes(2, 1), lambda x, y, w: torch.permute(x, (0, 2, 1)),
     ],
     "concatenations": [
@@ -109,7 +112,8 @@ EQUAL = {
         lambda x, y, w: torch.concat((x, y), 2), lambda x, y, w: torch.cat((x, x[..., :0], y), -1),
     ],
     "linear": [
-        lambda x, y, w: F.linear(x, w.view(1, 8)), lambda x, y, w: F.linear(x, weight=w.view(1, 8), bias=None),
+        lambda x, y, w: F.linear(x, w.view(1, 8)),
+        lambda x, y, w: F.linear(x, weight=w.view(1, 8), bias=None),
     ],
     "casts that change nothing": [
         lambda x, y, w: x, lambda x, y, w: x.float(), lambda x, y, w: x.to(torch.float32),

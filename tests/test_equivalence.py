@@ -54,21 +54,25 @@ def assert_equal_in_fp32(model, optimised, inputs, bits):
         torch.testing.assert_close(gradients_[name], gradient, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def assert_no_worse_than_eager(model, optimised, inputs, slack=1.1):
-    """Over all parameters together; a single small one may be luckier in either."""
+def assert_no_worse_than_eager(model, optimised, *size, batches=1):
+    """Errors against double precision, over all parameters and batches together; one small parameter may be
+    luckier in either, so each is held to twice eager's only."""
     truth = copy.deepcopy(model).double()
-    loss, logits, gradients = run(truth, inputs)
-    errors = []
-    for candidate in (model, optimised):
-        loss_, logits_, gradients_ = run(candidate, inputs)
-        relative = torch.tensor([error(gradients_[n], gradients[n]) for n in gradients])
-        errors.append((abs(loss_ - loss).item() / loss.item(), error(logits_, logits), relative.square().mean().sqrt().item(), relative))
-    eager, ours = errors
+    squares = {"eager": [], "ours": []}
+    for seed in range(batches):
+        inputs = batch(model, *size, seed=seed)
+        loss, logits, gradients = run(truth, inputs)
+        for name, candidate in (("eager", model), ("ours", optimised)):
+            loss_, logits_, gradients_ = run(candidate, inputs)
+            errors = [abs(loss_ - loss).item() / loss.item(), error(logits_, logits)]
+            squares[name].append(torch.tensor(errors + [error(gradients_[n], gradients[n]) for n in gradients]).square())
+    eager, ours = (torch.stack(rows).mean(0) for rows in squares.values())
     epsilon = torch.finfo(model.dtype).eps
-    assert ours[0] <= eager[0] * slack + epsilon / 4, f"loss: {ours[0]} against eager's {eager[0]}"
-    assert ours[1] <= eager[1] * slack, f"logits: {ours[1]} against eager's {eager[1]}"
-    assert ours[2] <= eager[2] * slack, f"gradients: {ours[2]} against eager's {eager[2]}"
-    worst = (ours[3] / eager[3].clamp_min(epsilon / 4)).max().item()
+    assert ours[0].sqrt() <= eager[0].sqrt() * 1.1 + epsilon / 4, f"loss: {ours[0].sqrt()}, eager {eager[0].sqrt()}"
+    assert ours[1].sqrt() <= eager[1].sqrt() * 1.1, f"logits: {ours[1].sqrt()}, eager {eager[1].sqrt()}"
+    mean, mean_eager = ours[2:].mean().sqrt(), eager[2:].mean().sqrt()
+    assert mean <= mean_eager * 1.1, f"gradients: {mean}, eager {mean_eager}"
+    worst = (ours[2:].sqrt() / eager[2:].sqrt().clamp_min(epsilon / 4)).max()
     assert worst <= 2, f"one gradient is {worst} times as far off as eager's"
 
 
@@ -97,7 +101,7 @@ def test_low_precision(family, backend, device):
     model = make(family, dtype, device)
     optimised = ligerfx.optimize(model)
     assert optimised.report.idioms == expected_idioms(model)
-    assert_no_worse_than_eager(model, optimised, batch(model))
+    assert_no_worse_than_eager(model, optimised, 2, 9, batches=6 if GPU else 2)
 
 
 MIDSIZE_FAMILIES = [f for f in FAMILIES if "_" not in f] if GPU else ["llama", "gemma2", "qwen3", "phi4"]
@@ -111,8 +115,8 @@ def test_midsize(family, dtype, device, monkeypatch):
     model = midsize(family, dtype=dtype, device=device)
     optimised = ligerfx.optimize(model)
     assert optimised.report.idioms == expected_idioms(model)
-    inputs = batch(model, 2, 64 if GPU else 16)
+    size = (2, 64 if GPU else 16)
     if dtype == torch.float32:
-        assert_equal_in_fp32(model, optimised, inputs, bits=not GPU)
+        assert_equal_in_fp32(model, optimised, batch(model, *size), bits=not GPU)
     else:
-        assert_no_worse_than_eager(model, optimised, inputs)
+        assert_no_worse_than_eager(model, optimised, *size)

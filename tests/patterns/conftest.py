@@ -1,4 +1,4 @@
-"""Fixtures of the pattern tests: the plain PyTorch references run, so that numbers can be compared to the bit."""
+"""Fixtures of the pattern tests: the plain PyTorch references run, so numbers compare to the bit."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,15 @@ import ligerfx
 @pytest.fixture(autouse=True)
 def references(monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny here: where others use the cores too, threads cost a hundred times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tensors_of(output) -> list[torch.Tensor]:
@@ -32,7 +41,7 @@ def run(module, inputs):
 
 @pytest.fixture
 def assert_same() -> Callable:
-    """Assert equal outputs and gradients of two modules: to the bit, or within `rtol` of each tensor's largest."""
+    """Assert equal outputs and gradients of two modules: to the bit, or within `rtol` of the largest."""
 
     def check(original, optimised, inputs, *, rtol=0.0):
         (expected, expected_grads), (found, found_grads) = run(original, inputs), run(optimised, inputs)
@@ -51,7 +60,7 @@ def assert_same() -> Callable:
 
 @pytest.fixture
 def optimise(assert_same) -> Callable:
-    """Optimise a module, assert which patterns were rewritten and that it computes the same; returns the report.
+    """Optimise a module, assert what was rewritten and that it computes the same; returns the report.
 
     `patterns` are names or beginnings of names. The inputs of the capture come first; `others` are calls with
     other sizes, which must not need another one.

@@ -68,7 +68,7 @@ GELU_TANH = {
     "functional": (lambda x: F.gelu(x, approximate="tanh"), 0),
     "module": (nn.GELU(approximate="tanh"), 0),
     "NewGELU": (
-        lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))), 1e-6
+        lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))), 1e-6
     ),
     "FastGELU": (
         lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608028654 * (1.0 + 0.044715 * x * x))), 1e-6
@@ -217,7 +217,7 @@ POINTWISE = {
 
 @pytest.mark.parametrize("name", POINTWISE)
 def test_of_and_inside_pointwise_arithmetic(optimise, name):
-    """Gate and up may be pointwise arithmetic of the same graph (an adapter's sum, say), and so may be the rest."""
+    """Gate and up may be pointwise arithmetic of the same graph (an adapter's sum, say)."""
     optimise(Function(POINTWISE[name]), pair(2, 3), ["silu_glu"], others=[pair(1, 4)], rtol=1e-6)
 
 
@@ -294,13 +294,17 @@ def every_second(x):
 
 
 @pytest.mark.parametrize(
-    "function", [three_parts, overlapping, halves_of_another_dimension, every_second], ids=lambda f: f.__name__
+    "function",
+    [three_parts, overlapping, halves_of_another_dimension, every_second],
+    ids=lambda f: f.__name__,
 )
 def test_what_is_not_two_halves_is_not_packed(optimise, function):
     optimise(Function(function), packed(2, 3), ["silu_glu"])
 
 
-@pytest.mark.parametrize("function", [lambda g, u: (F.silu(g) * u, F.silu(g)), lambda g, u: (F.silu(g) * u, u + 1)])
+@pytest.mark.parametrize(
+    "function", [lambda g, u: (F.silu(g) * u, F.silu(g)), lambda g, u: (F.silu(g) * u, u + 1)]
+)
 def test_inputs_may_be_used_elsewhere(optimise, function):
     optimise(Function(function), pair(2, 3), ["silu_glu"])
 

@@ -214,7 +214,7 @@ USED_ELSEWHERE = {
     "accuracy": lambda x, y: plain(x, y) + (x.argmax(-1) == y).float().mean(),
     "two losses": lambda x, y: plain(x, y) + plain(x, y.flip(0), label_smoothing=0.1),
     "the same loss twice": lambda x, y: plain(x, y) + plain(x, y),
-    "entropy of the fp32 logits": lambda x, y: plain(x, y) - (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
+    "entropy": lambda x, y: plain(x, y) - (x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean(),
 }
 
 

@@ -154,8 +154,8 @@ SAME_BITS = [
     unsqueezed_mean, unsqueezed_by_index,
 ]  # fmt: skip
 OTHER_BITS = [
-    times_itself, one_over_sqrt, reciprocal, over_sqrt, power_of_minus_half, over_power_of_half, sum_over_size, sum_over_number,
-    sum_times_fraction,
+    times_itself, one_over_sqrt, reciprocal, over_sqrt, power_of_minus_half, over_power_of_half,
+    sum_over_size, sum_over_number, sum_times_fraction,
 ]  # fmt: skip
 
 
@@ -272,7 +272,8 @@ def test_torch_rms_norm(optimise, dtype, eps):
     rtol = {torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
     pattern = {torch.float32: ROUNDED, torch.bfloat16: LAST}[dtype]
     call = inputs(2, 3, dtype=dtype)
-    optimise(Norm(lambda x, w, eps: F.rms_norm(x, (H,), w, eps), dtype=dtype, eps=eps), call, [pattern], rtol=rtol)
+    functional = Norm(lambda x, w, eps: F.rms_norm(x, (H,), w, eps), dtype=dtype, eps=eps)
+    optimise(functional, call, [pattern], rtol=rtol)
     module = nn.RMSNorm(H, eps=eps, dtype=dtype)
     nn.init.normal_(module.weight)
     optimise(module, call, [pattern], rtol=rtol)
@@ -283,7 +284,7 @@ def test_rms_norm_without_weight_is_not_rewritten(optimise):
 
 
 class Inlined(nn.Module):
-    """No norm module: the norm is written out between two linear layers, its weight a parameter of the block."""
+    """No norm module: the norm is written out between linear layers, its weight a parameter of the block."""
 
     def __init__(self):
         super().__init__()
@@ -375,7 +376,7 @@ NEVER = {
     "fourth root": (with_variance(lambda x: x.pow(2).mean(-1, True), lambda v: v**-0.25), "found -0.25"),
     "layer norm": (layer_norm, "expected mean(x**2, (-1)), found var"),
     "variance of a half": (
-        with_variance(lambda x: x[..., : H // 2].pow(2).mean(-1, True)), "expected x, found slice(x, -1, 0, 4)",
+        with_variance(lambda x: x[..., : H // 2].pow(2).mean(-1, True)), "found slice(x, -1, 0, 4)",
     ),
     "variance of something else": (with_variance(lambda x: x.flip(-1).pow(2).mean(-1, True)), "found flip"),
     "eps is a tensor": (eps_is_a_tensor, "eps: expected a constant"),
@@ -446,7 +447,9 @@ def returns_the_normalised_too(x, w, eps):
     return w * h, h
 
 
-@pytest.mark.parametrize("function", [returns_the_root_too, returns_the_normalised_too], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [returns_the_root_too, returns_the_normalised_too], ids=lambda f: f.__name__
+)
 def test_intermediate_value_used_elsewhere(optimise, function):
     report = optimise(Norm(function), inputs(2, 3), [])
     (miss,) = report.near_misses
@@ -486,7 +489,7 @@ def weight_is_a_view_changed_before(x, w, eps):
     ids=lambda f: f.__name__,
 )
 def test_in_place_ops_change_nothing(assert_same, function):
-    """Whether they are rewritten or not, the result is the original's (without gradients: autograd may refuse)."""
+    """Whether they are rewritten or not, the result is the original's (no gradients: autograd may refuse)."""
     module, (x,) = Norm(function), inputs(2, 3)
     optimised = ligerfx.optimize(module, (x,))
     with torch.no_grad():

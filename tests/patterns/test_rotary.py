@@ -211,7 +211,9 @@ def over_another_dimension(x):
     return torch.cat((-x2, x1), 1)
 
 
-OTHER_ROTATIONS = [interleaved, sign_flipped, both_positive, halves_not_exchanged, uneven, over_another_dimension]
+OTHER_ROTATIONS = [
+    interleaved, sign_flipped, both_positive, halves_not_exchanged, uneven, over_another_dimension,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("rotation", OTHER_ROTATIONS, ids=lambda f: f.__name__)

@@ -97,7 +97,10 @@ def plot(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
         losses.set_title(name)
         losses.set_ylabel("loss")
         losses.legend()
-        for other, marker, color in (("optimised", ".", "tab:red"), ("original moved by one ulp", "x", "tab:gray")):
+        for other, marker, color in (
+            ("optimised", ".", "tab:red"),
+            ("original moved by one ulp", "x", "tab:gray"),
+        ):
             difference = [abs(a - b) for a, b in zip(curve["original"], curve[other], strict=True)]
             gap.plot(difference, marker, color=color, markersize=4, label=other)
         gap.set_yscale("symlog", linthresh=1e-8)  # logarithmic, with room for an exact zero
@@ -111,9 +114,7 @@ def plot(curves: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -127,9 +128,7 @@ def main() -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     plot(curves, title, arguments.out / "curves.png")
-    (arguments.out / "curves.json").write_text(
-        json.dumps({"title": title, "losses": curves}, indent=1) + "\n"
-    )
+    (arguments.out / "curves.json").write_text(json.dumps({"title": title, "losses": curves}, indent=1) + "\n")
     for name, curve in curves.items():
         optimised, moved = (
             max(abs(a - b) for a, b in zip(curve["original"], curve[other], strict=True))

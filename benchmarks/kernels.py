@@ -110,10 +110,7 @@ def packed_glu(rows: int, width: int) -> Case:
 
 def rope(batch: int, seq: int, q_heads: int, k_heads: int, width: int) -> Case:
     # As in the models: heads are a transposed view of the projection's output, [batch, seq, heads, width].
-    q, k = (
-        leaf(batch, seq, heads, width).detach().transpose(1, 2).requires_grad_()
-        for heads in (q_heads, k_heads)
-    )
+    q, k = (leaf(batch, seq, heads, width).detach().transpose(1, 2).requires_grad_() for heads in (q_heads, k_heads))
     angles = torch.arange(seq).outer(10000.0 ** -torch.linspace(0, 1, width // 2)).repeat(1, 2)
     cos, sin = angles.cos().bfloat16()[None, None], angles.sin().bfloat16()[None, None]
     moved = 2 * size(q, k) + size(cos, sin)
@@ -212,9 +209,9 @@ PEERS = ("ligerfx", "eager", "liger", "inductor", "aten", "cce", "floor")
 IN_PLACE = {"liger"}  # writes over its inputs, or over the gradient that comes in
 
 
-def peers_of(op: str) -> set[str]:
-    floor = {"floor"} if op == "linear_cross_entropy" else set()
-    return {"ligerfx", "eager", "inductor"} | OTHERS[op].keys() | floor
+def peers_of(op: str, peers: list[str]) -> list[str]:
+    """Those of the peers that have this op; the floor is not one, and is measured apart."""
+    return [peer for peer in peers if peer in ("ligerfx", "eager", "inductor") or peer in OTHERS[op]]
 
 
 def load(op: str, peer: str) -> Callable:
@@ -296,8 +293,7 @@ def truth(case: Case) -> list[Tensor]:
     function = in_chunks if case.op == "linear_cross_entropy" else reference
     exact = case._replace(
         inputs=[
-            t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-            for t in case.inputs
+            t.detach().float().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in case.inputs
         ],
         upstream=[t.float() for t in case.upstream],
     )
@@ -319,9 +315,10 @@ class Clock:
     """Times calls on a device."""
 
     def __init__(self, device: str):
+        self.device = device
         self.cuda = device == "cuda"
         if self.cuda:
-            self.cache = torch.empty(FLUSH_BYTES, dtype=torch.int8)
+            self.cache = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
             self.flush_seconds = 1e-3
             self.flush_seconds = statistics.median(self.sample(self.cache.zero_, lambda: None, 20)) / 1e3
 
@@ -381,23 +378,25 @@ class Clock:
 
     def host_microseconds(self, call: Callable) -> float:
         """Of the host, per call, never waiting for the device."""
-        for _ in range(10):
+        count = HOST_CALLS if self.cuda else 5
+        for _ in range(count // 5):
             call()
         self.synchronize()
         start = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        for _ in range(count):
             call()
         spent = time.perf_counter() - start
         self.synchronize()
-        return spent / HOST_CALLS * 1e6
+        return spent / count * 1e6
 
 
 def limits(clock: Clock) -> dict[str, float]:
     """What the device can do: bytes read and written a second by a copy, and matrix products in bf16."""
     count, n = (2**31, 8192) if clock.cuda else (2**26, 512)
-    source, target = torch.ones(count, dtype=torch.int8), torch.empty(count, dtype=torch.int8)
+    with torch.device(clock.device):
+        source, target = (torch.randint(100, (count,), dtype=torch.int8) for _ in range(2))
+        a, b = leaf(n, n).detach(), leaf(n, n).detach()
     copy = statistics.median(clock.sample(lambda: target.copy_(source), lambda: None, 100))
-    a, b = leaf(n, n).detach(), leaf(n, n).detach()
     product = statistics.median(clock.sample(lambda: torch.mm(a, b), lambda: None, 100))
     return {
         "copy_bytes_per_second": 2 * count / copy * 1e3,
@@ -421,15 +420,26 @@ class Run:
             reason = f"{type(reason).__name__}: {text[0]}"
         self.missing.append({"op": op, "shape": shape, "peer": peer, "reason": reason})
 
-    def peers_of(self, op: str) -> list[str]:
-        return [peer for peer in self.peers if peer in peers_of(op)]
+    def late(self, op: str, shape: str, peers: list[str]) -> bool:
+        """Whether the time is up; then these peers are listed as not measured."""
+        if time.monotonic() < self.deadline:
+            return False
+        for peer in peers:
+            self.miss(op, shape, peer, "time limit")
+        return True
+
+    def case(self, op: str, shape: tuple) -> Case:
+        # Or the compiler would give up on the ninth shape of a function.
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        with torch.device(self.clock.device):
+            return OPS[op].case(*shape)
 
     def prepared(self, case: Case, peers: list[str]) -> Iterator[tuple[str, Calls, float]]:
         """The peers that run and are right, with their error."""
         expected = truth(case) if peers else []
         for peer in peers:
-            if time.monotonic() > self.deadline:
-                self.miss(case.op, case.shape, peer, "time limit")
+            if self.late(case.op, case.shape, [peer]):
                 continue
             try:
                 calls = prepare(load(case.op, peer), case, peer in IN_PLACE)
@@ -441,13 +451,10 @@ class Run:
 
     def overhead(self, name: str) -> None:
         """Host overhead of each peer at the op's small shape."""
-        peers = [peer for peer in self.peers_of(name) if peer != "floor"]
-        if time.monotonic() > self.deadline:
-            for peer in peers:
-                self.miss(name, "host overhead", peer, "time limit")
+        peers = peers_of(name, self.peers)
+        if self.late(name, "host overhead", peers):
             return
-        torch.compiler.reset()
-        case = OPS[name].case(*OPS[name].small)
+        case = self.case(name, OPS[name].small)
         calls = {peer: calls.both for peer, calls, _ in self.prepared(case, peers)}
         samples = defaultdict(list)
         for _ in range(ROUNDS):
@@ -459,33 +466,25 @@ class Run:
 
     def device(self, name: str, shape: tuple) -> None:
         """Device time and memory of each peer at one shape."""
-        peers = self.peers_of(name)
-        if time.monotonic() > self.deadline:
-            for peer in peers:
-                self.miss(name, " x ".join(map(str, shape)), peer, "time limit")
+        peers = peers_of(name, self.peers)
+        if self.late(name, " x ".join(map(str, shape)), peers):
             return
-        # Or the compiler would give up on the ninth shape of a function.
-        torch.compiler.reset()
-        case = OPS[name].case(*shape)
-        apart = case.flops == 0  # a loss may compute its gradients with it: then only the sum can be compared
+        case = self.case(name, shape)
         timed: dict[tuple[str, str], tuple[Callable, Callable]] = {}
         facts: dict[str, dict[str, Any]] = {}
-        # A buffer that the compiled backward gives away cannot be kept for the next one.
-        with torch._functorch.config.patch(donated_buffer=not apart):
-            for peer, calls, error in self.prepared(case, [peer for peer in peers if peer != "floor"]):
-                calls.restore()
-                facts[peer] = {"relative_error": error, "extra_mb": self.clock.extra_megabytes(calls.both)}
-                if apart:
-                    calls.restore()
-                    outputs = calls.forward()
-                    backward = partial(
-                        torch.autograd.grad, outputs, calls.leaves, like(calls.upstream, outputs), retain_graph=True
-                    )  # fmt: skip
-                    timed[peer, "forward"] = calls.forward, calls.restore
-                    timed[peer, "backward"] = backward, calls.restore
-                else:
-                    timed[peer, "total"] = calls.both, calls.restore
-        if "floor" in peers:
+        for peer, calls, error in self.prepared(case, peers):
+            calls.restore()
+            facts[peer] = {"relative_error": error, "extra_mb": self.clock.extra_megabytes(calls.both)}
+            if case.flops:  # may compute its gradients with the loss: only the sum can be compared
+                timed[peer, "total"] = calls.both, calls.restore
+                continue
+            calls.restore()
+            outputs = calls.forward()
+            gradients = like(calls.upstream, outputs)
+            backward = partial(torch.autograd.grad, outputs, calls.leaves, gradients, retain_graph=True)
+            timed[peer, "forward"] = calls.forward, calls.restore
+            timed[peer, "backward"] = backward, calls.restore
+        if case.flops and "floor" in self.peers:
             for rows in FLOOR_ROWS:
                 timed[f"floor {rows}", "total"] = floor(case, rows), lambda: None
         samples: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -542,49 +541,54 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
-COLUMNS = {
-    "forward ms": ("forward_ms", ".3f"),
-    "backward ms": ("backward_ms", ".3f"),
-    "forward of copy": ("forward_copy_share", ".0%"),
-    "backward of copy": ("backward_copy_share", ".0%"),
-    "forward + backward ms": ("total_ms", ".3f"),
+BANDWIDTH_COLUMNS = {
+    "fwd ms": ("forward_ms", ".3f"),
+    "bwd ms": ("backward_ms", ".3f"),
+    "fwd of copy": ("forward_copy_share", ".0%"),
+    "bwd of copy": ("backward_copy_share", ".0%"),
+    "extra MB": ("extra_mb", ".0f"),
+}
+LOSS_COLUMNS = {
+    "fwd+bwd ms": ("total_ms", ".2f"),
     "x floor": ("times_floor", ".2f"),
-    "of matmul rate": ("matmul_share", ".0%"),
+    "of matmul": ("matmul_share", ".0%"),
     "extra MB": ("extra_mb", ".0f"),
 }
 
 
 def show(console: Console, op: str, results: list[dict[str, Any]]) -> None:
     """Device times and memory of one op."""
-    skipped = {"matmul_share": {"forward", "backward"}, "copy": {"x", "of"}}
-    first_words = skipped["matmul_share" if op == "linear_cross_entropy" else "copy"]
-    columns = {
-        name: column
-        for name, column in COLUMNS.items()
-        if name.split()[0] not in first_words or name == "forward + backward ms"
-    }
-    table = Table("shape", "peer", title=op)
+    columns = LOSS_COLUMNS if op == "linear_cross_entropy" else BANDWIDTH_COLUMNS
+    table = Table(title=op)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("peer", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
-    shape = None
-    for result in results:
-        if shape not in (None, result["shape"]):
-            table.add_section()
-        label = "" if result["shape"] == shape else result["shape"]
-        shape = result["shape"]
-        peer = result["peer"] + (f" ({result['rows']} rows)" if "rows" in result else "")
-        table.add_row(label, peer, *(number(result.get(key), form) for key, form in columns.values()))
+    for shape in dict.fromkeys(result["shape"] for result in results):
+        table.add_section()
+        for row, result in enumerate(result for result in results if result["shape"] == shape):
+            values = (number(result.get(key), form) for key, form in columns.values())
+            table.add_row("" if row else shape, result["peer"], *values)
     console.print(table)
 
 
 def show_host(console: Console, host: list[dict[str, Any]], peers: list[str]) -> None:
-    table = Table("op", "shape", title="host overhead of forward + backward, us a call")
+    table = Table("op", title="host overhead of forward + backward, us a call")
     for peer in peers:
         table.add_column(peer, justify="right")
-    for op, shape in dict.fromkeys((result["op"], result["shape"]) for result in host):
+    for op in dict.fromkeys(result["op"] for result in host):
         values = {r["peer"]: r["microseconds"] for r in host if r["op"] == op}
-        table.add_row(op, shape, *(number(values.get(peer), ".0f") for peer in peers))
+        table.add_row(op, *(number(values.get(peer), ".0f") for peer in peers))
     console.print(table)
+
+
+def show_missing(console: Console, missing: list[dict[str, Any]]) -> None:
+    """What was not measured, and why; what has one reason together."""
+    where = defaultdict(dict)
+    for miss in missing:
+        where[miss["peer"], miss["reason"]][f"{miss['op']} {miss['shape']}"] = None
+    for (peer, reason), places in where.items():
+        console.print(f"{peer} not measured: {reason} ({'; '.join(places)})", style="red", markup=False)
 
 
 def versions(device: str) -> dict[str, Any]:
@@ -606,9 +610,7 @@ def chosen(parser: argparse.ArgumentParser, names: str, known: Any) -> list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default=",".join(OPS), help="comma-separated")
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -620,7 +622,6 @@ def main() -> None:
     peers = chosen(parser, arguments.peers, PEERS)
 
     console = Console()
-    torch.set_default_device(arguments.device)
     clock = Clock(arguments.device)
     report: dict[str, Any] = {"environment": versions(arguments.device) | limits(clock)}
     run = Run(clock, report["environment"], peers, arguments.time_limit)
@@ -629,21 +630,21 @@ def main() -> None:
     for name in ops:
         op = OPS[name]
         shapes = op.shapes[:1] if arguments.quick else op.shapes
-        console.print(f"{time.monotonic() - start:.0f} s: {name}, host overhead", style="dim")
-        run.overhead(name)
-        for shape in shapes if clock.cuda else [op.small]:
-            console.print(f"{time.monotonic() - start:.0f} s: {name} {shape}", style="dim")
-            torch.manual_seed(0)
-            run.device(name, shape)
-            gc.collect()
-            torch.cuda.empty_cache()
-            if arguments.json:  # after each, so that a run cut short leaves what it has
-                arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        # A saved buffer that a compiled backward reuses cannot serve a second one, which only the op that is
+        # not timed apart can do without.
+        with torch._functorch.config.patch(donated_buffer=name == "linear_cross_entropy"):
+            console.print(f"{time.monotonic() - start:.0f} s: {name}, host overhead", style="dim")
+            run.overhead(name)
+            for shape in shapes if clock.cuda else [op.small]:
+                console.print(f"{time.monotonic() - start:.0f} s: {name} {shape}", style="dim")
+                run.device(name, shape)
+                gc.collect()
+                torch.cuda.empty_cache()
+                if arguments.json:  # after each, so that a run cut short leaves what it has
+                    arguments.json.write_text(json.dumps(report, indent=1) + "\n")
         show(console, name, [result for result in run.results if result["op"] == name])
-    show_host(console, run.host, peers)
-
-    for miss in run.missing:
-        console.print("{op} {shape}: {peer} not measured: {reason}".format(**miss), style="red", markup=False)
+    show_host(console, run.host, [peer for peer in peers if peer != "floor"])
+    show_missing(console, run.missing)
     bandwidth, rate = (run.limits[key] for key in ("copy_bytes_per_second", "matmul_flops_per_second"))
     console.print(f"copy {bandwidth / 1e12:.2f} TB/s, matmul {rate / 1e12:.0f} TFLOP/s", style="dim")
     console.print(", ".join(f"{k} {v}" for k, v in report["environment"].items() if isinstance(v, str)), style="dim")

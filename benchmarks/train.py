@@ -211,9 +211,7 @@ def print_profile(step: Callable[[], None], device: str) -> None:
         for _ in range(3):
             step()
         synchronize()
-    table = profiler.key_averages().table(
-        sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=80
-    )
+    table = profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=80)
     print(table, file=sys.stderr)
 
 
@@ -298,9 +296,7 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=WORKLOADS, default="llama-1b")
     parser.add_argument("--variants", default="eager,liger,ligerfx,compile", help="comma-separated")
     parser.add_argument("--rounds", type=int, default=2)

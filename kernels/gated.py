@@ -182,9 +182,7 @@ class _PackedGLU(torch.autograd.Function):
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        _backward(
-            dy, *gate_up.chunk(2, dim=-1), *grad.view(-1, grad.shape[-1]).chunk(2, dim=-1), ctx.activation
-        )
+        _backward(dy, *gate_up.chunk(2, dim=-1), *grad.view(-1, grad.shape[-1]).chunk(2, dim=-1), ctx.activation)
         return grad, None
 
 
@@ -207,9 +205,7 @@ def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
 def _check_packed(gate_up: torch.Tensor, activation: str) -> None:
     _check_activation("packed_glu", activation, gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"packed_glu: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}"
-        )
+        raise ValueError(f"packed_glu: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}")
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:

@@ -209,9 +209,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dw, db, None, None, None
 
 
-def _scaled(
-    grad: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor | None
-) -> torch.Tensor | None:
+def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor | None:
     """grad * factor in the dtype of `like`, in one kernel, over grad where its dtype allows."""
     if grad is None:
         return None
@@ -219,14 +217,10 @@ def _scaled(
     return torch.mul(grad, factor, out=out)
 
 
-def _check(
-    x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, budget: int
-) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, budget: int) -> None:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if not all(t.is_floating_point() for t in tensors):
-        raise TypeError(
-            f"linear_cross_entropy: expected floating-point inputs, got {[t.dtype for t in tensors]}"
-        )
+        raise TypeError(f"linear_cross_entropy: expected floating-point inputs, got {[t.dtype for t in tensors]}")
     if len({t.dtype for t in tensors}) > 1 and autocast_dtype(x.device.type) is None:
         raise TypeError(
             "linear_cross_entropy: x, weight and bias must have one dtype outside autocast, "
@@ -292,9 +286,7 @@ def linear_cross_entropy(
     _check(x, weight, target, bias, logits_budget)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)
-        )
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
     if not use_triton(x, weight, bias) or target.device != x.device:
         return linear_cross_entropy_reference(
             x,

@@ -185,9 +185,7 @@ class _Rope(torch.autograd.Function):
         pairs = []
         for i, (dy, layout) in enumerate(zip((dyq, dyk), ctx.layouts, strict=True)):
             wanted = dy is not None and ctx.needs_input_grad[i]
-            pairs.append(
-                (dy, torch.empty_strided(*layout[:2], dtype=layout[2], device=dy.device)) if wanted else None
-            )
+            pairs.append((dy, torch.empty_strided(*layout[:2], dtype=layout[2], device=dy.device)) if wanted else None)
         if any(pair is not None for pair in pairs):
             _launch(pairs, cos, sin, ctx.head_dim, True)
         return *(None if pair is None else pair[1] for pair in pairs), None, None, None
@@ -210,14 +208,10 @@ def _head_dim(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
             same_tokens = q.shape[tokens] == k.shape[tokens]
             if middle[heads - 1] == 1 and same_tokens and middle[tokens - 1] in (1, q.shape[tokens]):
                 return heads
-    raise ValueError(
-        f"rope: cos must be [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2, {shapes}"
-    )
+    raise ValueError(f"rope: cos must be [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2, {shapes}")
 
 
-def rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and k by position: x * cos + rotate_half(x) * sin on the first R dims, the others unchanged.
 
     Args:

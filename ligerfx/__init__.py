@@ -1,7 +1,7 @@
 """ligerfx: a compiler pass that rewrites HuggingFace models onto fused Triton kernels.
 
-    model = ligerfx.optimize(model)
-    print(model.report)
+model = ligerfx.optimize(model)
+print(model.report)
 """
 
 from .deferred import DeferredTensor

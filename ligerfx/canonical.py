@@ -115,8 +115,6 @@ class Canonicalizer:
             self._values[node] = self._compute(node)
         return self._values[node]
 
-    # -- rules ---------------------------------------------------------------------------------------------
-
     def _compute(self, node: Node) -> sympy.Expr:
         result = None
         if isinstance(node.meta.get("val"), torch.Tensor):
@@ -270,7 +268,12 @@ def _reduce(
 
 @_rule("rms_norm")
 def _rms_norm(
-    c: Canonicalizer, node: Node, x: Node, shape: Sequence[int], weight: Node | None = None, eps: float | None = None
+    c: Canonicalizer,
+    node: Node,
+    x: Node,
+    shape: Sequence[int],
+    weight: Node | None = None,
+    eps: float | None = None,
 ) -> sympy.Expr | None:
     """torch's own RMSNorm: everything in fp32, rounded once at the end."""
     val = x.meta["val"]
@@ -323,9 +326,6 @@ def _cat(c: Canonicalizer, node: Node, tensors: Sequence[Node], dim: int = 0) ->
     tensors = [t for t in tensors if expression(t.meta["val"].shape[dim]) != 0]
     values = [c.widened(c.value(t), t.meta["val"].dtype, dtype) for t in tensors]
     return values[0] if len(values) == 1 else c.term(node, "cat", (dim % rank - rank,), *values)
-
-
-# -- views: described by their effect -------------------------------------------------------------------------
 
 
 def _slice(c: Canonicalizer, node: Node, value: sympy.Expr, size: Any, dim: int, start: Any, stop: Any) -> sympy.Expr:
@@ -444,4 +444,3 @@ def _expand(c: Canonicalizer, node: Node, x: Node, *args: Any) -> sympy.Expr:
 
 SIZED = {"slice": 1, "reshape": 0, "expand": 0}
 """Terms whose attributes are sizes, with the number of leading attributes that are not."""
-

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 
 _METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
                          "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes"}}  # fmt: skip
-_METADATA_METHODS = {"size", "dim", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__"}
+_METADATA_METHODS = {
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "is_floating_point",
+    "is_complex",
+    "element_size",
+    "__len__",
+}
 _LAZY_METHODS = {"float", "to", "half", "bfloat16", "double", "detach", "contiguous"}
 
 
@@ -89,7 +98,12 @@ class DeferredTensor(torch.Tensor):
             like = func(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
             grad = self.requires_grad and func.__name__ != "detach"
             return DeferredTensor.make(
-                lambda: func(self.materialize(), *args, **kwargs), [], self.shape, like.dtype, like.device, grad
+                lambda: func(self.materialize(), *args, **kwargs),
+                [],
+                self.shape,
+                like.dtype,
+                like.device,
+                grad,
             )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -135,5 +149,10 @@ def deferred_logits(
     dtype = autocast_dtype(x.device.type) or x.dtype
     requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return DeferredTensor.make(
-        compute, [(t, t._version) for t in inputs if not t.is_inference()], (*x.shape[:-1], weight.shape[0]), dtype, x.device, requires_grad
+        compute,
+        [(t, t._version) for t in inputs if not t.is_inference()],
+        (*x.shape[:-1], weight.shape[0]),
+        dtype,
+        x.device,
+        requires_grad,
     )

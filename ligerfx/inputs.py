@@ -25,7 +25,7 @@ def normalized_inputs(
     elif isinstance(example_inputs, (tuple, list)):
         args, kwargs = tuple(example_inputs), {}
     elif hasattr(example_inputs, "keys"):  # a dict, or a tokenizer's BatchEncoding
-        args, kwargs = (), {key: example_inputs[key] for key in example_inputs.keys()}
+        args, kwargs = (), dict(example_inputs.items())
     else:
         raise OptimizeError(
             "example_inputs must be a dict of keyword arguments, a sequence of positional ones or a tensor, "

@@ -91,9 +91,7 @@ class Matcher:
                     taken |= match.interior
         return matches, _best(misses, taken)
 
-    def _match_at(
-        self, pattern: Pattern, root: Node, taken: set[Node], misses: dict[Node, NearMiss]
-    ) -> Match | None:
+    def _match_at(self, pattern: Pattern, root: Node, taken: set[Node], misses: dict[Node, NearMiss]) -> Match | None:
         for variant in pattern.variants:
             unifier = _Unifier(variant, self)
             first = variant.search_order[0]
@@ -106,8 +104,6 @@ class Matcher:
             if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
                 misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share)
         return None
-
-    # -- proof ---------------------------------------------------------------------------------------------
 
     def _prove(
         self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: _Unifier
@@ -157,11 +153,14 @@ class Matcher:
             problem = pattern.when(**tensors, **constants)
         if problem is not None:
             raise _Fail(problem)
-        arguments: dict[str, Any] = {name: None for name in variant.absent}
+        arguments: dict[str, Any] = dict.fromkeys(variant.absent)
         arguments |= constants
         # Each input is a tensor object of its own, also where the model passes one node twice.
         with self.fakes.mode:
-            arguments |= {name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for name, v in tensors.items()}
+            arguments |= {
+                name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+                for name, v in tensors.items()
+            }
         ordered = {name: arguments[name] for name in (*pattern.tensors, *pattern.constants)}
         try:
             graph = Tracer(fakes=self.fakes).trace_function(pattern.function, ordered)
@@ -185,9 +184,7 @@ class Matcher:
             outputs.append(node)
         return outputs
 
-    def _difference(
-        self, root: Node, want: Node, expected: Canonicalizer, found: Canonicalizer, terms: Terms
-    ) -> str:
+    def _difference(self, root: Node, want: Node, expected: Canonicalizer, found: Canonicalizer, terms: Terms) -> str:
         a, b = want.meta["val"], root.meta["val"]
         if a.dtype != b.dtype:
             return f"expected a result in {a.dtype}, found {b.dtype}"
@@ -208,7 +205,7 @@ class Matcher:
                 continue
             seen.add(node)
             pending += node.all_input_nodes
-            pending += [p for p in node.meta.get("parameters", {}).values()]
+            pending += node.meta.get("parameters", {}).values()
         return seen
 
     def _obstacle(self, match: Match, taken: set[Node]) -> str | None:
@@ -476,5 +473,3 @@ def _best(misses: dict[Node, NearMiss], taken: set[Node]) -> list[NearMiss]:
             kept.append(miss)
             covered |= set(miss.node.all_input_nodes) | set(miss.node.users)
     return kept
-
-

@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils._sympy.printers import PythonPrinter
 
+from .capture import MISSING, Capture, has_hooks, same_structure
 from .errors import CaptureError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
@@ -27,7 +28,7 @@ from .rewriter import rewrite
 from .signature import call_key
 from .symbols import FakeInputs, expression
 from .traced_numbers import TracedFloat, TracedInt, plain
-from .tracer import _MISSING, Capture, Tracer, _same_structure, has_hooks
+from .tracer import Tracer
 
 MAX_SIGNATURES = 16
 """Signatures that one module remembers; further ones run the original forward."""
@@ -79,7 +80,7 @@ class Session:
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
         """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
         for twin, program in self.programs.get((original_class(module), key), ()):
-            if _same_structure(twin, module) and program.guard(module, leaves):
+            if same_structure(twin, module) and program.guard(module, leaves):
                 return program
         tracer = Tracer(module, original_class=original_class)
         capture = tracer.trace(args, kwargs)
@@ -150,7 +151,9 @@ class OptimizedModule(GraphModule):
         return new
 
     def __reduce__(self) -> tuple:
-        state = {k: v for k, v in self.__dict__.items() if not k.startswith("_ligerfx") and k not in ("_graph", "report")}
+        state = {
+            k: v for k, v in self.__dict__.items() if not k.startswith("_ligerfx") and k not in ("_graph", "report")
+        }
         return _rebuild, (self._original_class, state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -162,7 +165,7 @@ def original_class(module: nn.Module) -> type:
     return module._original_class if isinstance(module, OptimizedModule) else type(module)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def optimized_class(cls: type) -> type:
     """A subclass of `cls` and GraphModule, with the name and the forward signature of `cls`."""
 
@@ -198,7 +201,10 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     """The program that serves this call, learnt now if need be; None for the original forward."""
     key, leaves = call_key(args, kwargs)
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        key = (*key, *(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cuda", "cpu")))
+        key = (
+            *key,
+            *(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cuda", "cpu")),
+        )
     programs = module._ligerfx_programs
     known = programs.get(key)
     if known is not None:
@@ -225,11 +231,11 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
 def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether the capture serves a call with the same key.
 
-    Checked are the sizes of tensors that the graph itself works on, numbers that the model computed with, attributes that its Python code read, and the
-    modules that have no call of their own in the graph.
+    Checked are the sizes of tensors that the graph itself works on, numbers that the model computed with,
+    attributes that its Python code read, and the modules that have no call of their own in the graph.
     """
     conditions: list[str] = []
-    names: dict[str, Any] = {"missing": _MISSING, "plain": plain, "has_hooks": has_hooks}
+    names: dict[str, Any] = {"missing": MISSING, "plain": plain, "has_hooks": has_hooks}
     sizes: dict[sympy.Expr, str] = {}
     first: dict[int, int] = {}
     for index, value in enumerate(capture.leaf_values):

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture import Capture
 from .clone import clone_tree
 from .errors import OptimizeError
 from .inputs import normalized_inputs
 from .module import OptimizedModule, Program, Session, install, optimized_class, original_class
 from .pattern import Pattern
 from .report import Report
-from .tracer import Capture, Tracer
+from .tracer import Tracer
 
 
 def optimize(

@@ -8,8 +8,8 @@
 
 One function is what is searched for, the reference, and the proof of every match. Positional parameters are
 tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "int"
-first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters are constants that the match captures. A parameter with default None is
-optional: the idiom with and without it are searched for.
+first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters are constants that
+the match captures. A parameter with default None is optional: the idiom is searched for with it and without.
 """
 
 from __future__ import annotations
@@ -137,7 +137,13 @@ def pattern(
             raise PatternError(f"{function.__name__}: a pattern needs at least one tensor parameter")
         targets = replace if callable(replace) else tuple(replace)
         return Pattern(
-            function, targets, tuple(idioms or (function.__name__,)), when, tensors, constants, frozenset(optional)
+            function,
+            targets,
+            tuple(idioms or (function.__name__,)),
+            when,
+            tensors,
+            constants,
+            frozenset(optional),
         )
 
     return decorate

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from .matcher import Match
     from .module import OptimizedModule, Program
 
-_TITLES = {"rms_norm": "RMSNorm", "rope": "RoPE", "glu": "GLU", "linear_cross_entropy": "logits + loss", "cross_entropy": "loss"}  # fmt: skip
+_TITLES = {
+    "rms_norm": "RMSNorm",
+    "rope": "RoPE",
+    "glu": "GLU",
+    "linear_cross_entropy": "logits + loss",
+    "cross_entropy": "loss",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,15 @@ class Report:
     def __rich__(self) -> Group:
         parts: list = [Text(f"{self.model}: {self.summary}", style="bold")]
         if self.rewrites:
-            table = Table("pattern", "sites", "modules", "replaces", "saved / token", title="rewrites", title_justify="left")
+            table = Table(
+                "pattern",
+                "sites",
+                "modules",
+                "replaces",
+                "saved / token",
+                title="rewrites",
+                title_justify="left",
+            )
             for pattern, sites in _grouped(self.rewrites):
                 lines = {source: None for site in sites for source, _ in site.source}
                 saved = sum(site.bytes_saved for site in sites)
@@ -128,7 +142,7 @@ def bytes_saved(match: Match) -> int:
         val = node.meta["val"]
         if isinstance(val, torch.Tensor) and val.is_floating_point():
             total += sympy.Mul(*(expression(s) for s in val.shape)) * val.element_size()
-    return int(total.subs({s: 1 for s in total.free_symbols}))
+    return int(total.subs(dict.fromkeys(total.free_symbols, 1)))
 
 
 def _grouped(rewrites: list[Rewrite]) -> Iterator[tuple[str, list[Rewrite]]]:

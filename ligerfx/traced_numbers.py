@@ -10,7 +10,9 @@ from typing import Any
 
 _DUNDERS = [
     f"__{prefix}{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor")
+    for name in (
+        "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor",
+    )
     for prefix in ("", "r")
 ] + [
     f"__{name}__"

@@ -11,24 +11,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import operator
-import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
+from .capture import PLAIN, Capture, Read, join, same_structure, snapshot, submodule
 from .clone import clone_tree
 from .errors import CaptureError
 from .leaves import leaf_functions
+from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
 from .signature import call_key, parameter_names, stand_in
+from .source import call_site, describe_error
 from .symbols import FakeInputs, expression, size_node
 from .traced_numbers import TracedFloat, TracedInt, plain
 
@@ -43,83 +41,8 @@ _REFLECTED_OPERATORS: dict[str, Callable] = {
     "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv,
     "__rpow__": operator.pow, "__rfloordiv__": operator.floordiv,
 }  # fmt: skip
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
-_PLAIN = (str, bool, int, float, complex, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)  # fmt: skip
 _GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
-_COMPARABLE = (*_PLAIN, tuple, list, dict, set)
-_MISSING = object()
-
-
-@dataclasses.dataclass(eq=False)
-class Read:
-    """An attribute of a module that the captured Python code looked at: the capture holds while it is so."""
-
-    path: str  # of the module, relative to the captured one
-    name: str
-    value: Any
-    state: dict[str, Any] | None = None  # shallow snapshot, where the value is a configuration-like object
-
-    def holds(self, module: nn.Module) -> bool:
-        return self.same(submodule(module, self.path).__dict__.get(self.name, _MISSING))
-
-    def same(self, value: Any) -> bool:
-        if self.state is not None:
-            return type(value) is type(self.value) and vars(value) == self.state
-        if value is self.value:
-            return True
-        if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
-            return value.__func__ is self.value.__func__
-        return type(value) is type(self.value) and isinstance(value, _COMPARABLE) and value == self.value
-
-
-@dataclasses.dataclass(eq=False)
-class Capture:
-    """The graph of one module's forward, for one call signature.
-
-    `graph` takes the tensors and numbers of the call that it uses (`leaves`: their positions in the flattened
-    call) and returns what forward returns. `error` says why there is no usable graph.
-    """
-
-    path: str
-    key: tuple
-    graph: torch.fx.Graph
-    leaves: list[int] = dataclasses.field(default_factory=list)
-    leaf_values: list[Any] = dataclasses.field(default_factory=list)
-    passed_on: set[int] = dataclasses.field(default_factory=set)  # leaves that only modules and leaf functions get
-    reads: list[Read] = dataclasses.field(default_factory=list)
-    guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
-    children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
-    absorbed: list[tuple[str, type]] = dataclasses.field(default_factory=list)  # modules without a call of their own
-    grad_enabled: bool | None = None  # where forward itself switches the grad mode
-    error: str | None = None
-    output: Any = None
-
-    def subtree(self) -> Iterator[tuple[str, Capture]]:
-        """This capture and those of all modules called inside, with paths relative to this module."""
-        yield "", self
-        for path, child in self.children:
-            for inner, capture in child.subtree():
-                yield join(path, inner), capture
-
-
-def join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def submodule(module: nn.Module, path: str) -> nn.Module:
-    return module.get_submodule(path) if path else module
-
-
-class _LazyFakes(dict):
-    """A parameter table that makes each fake when it is first looked up."""
-
-    def __init__(self, real: dict[str, torch.Tensor | None], fake: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__(real)
-        self._fake = fake
-
-    def __getitem__(self, name: str) -> Any:
-        value = super().__getitem__(name)
-        return value if value is None else self._fake(value)
+_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
 
 
 class _Frame:
@@ -188,14 +111,12 @@ class Tracer(TorchFunctionMode):
         self._real: dict[int, nn.Module] = {}  # id(shadow) -> module
         self._finished: dict[tuple, list[tuple[nn.Module, Capture]]] = {}
 
-    # -- entry ---------------------------------------------------------------------------------------------
-
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """Runs the root on fake versions of the given inputs and returns its capture."""
         shadows: dict[int, nn.Module] = {}
         logged: dict[type, type] = {}
         shadow_root = clone_tree(
-            self.root, lambda m: _logged_class(self.original_class(m), self._log_read, logged), shadows
+            self.root, lambda m: logged_class(self.original_class(m), self._log_read, logged), shadows
         )
         for real_id, real in {id(m): m for m in self.root.modules()}.items():
             self._prepare(shadows[real_id], real)
@@ -208,7 +129,7 @@ class Tracer(TorchFunctionMode):
             try:
                 shadow_root(*args, **kwargs)
             except Exception as error:  # the graph of every finished module is still good
-                self._root_capture.error = self._root_capture.error or _describe(error)
+                self._root_capture.error = self._root_capture.error or describe_error(error)
         return self._root_capture
 
     def _fake_call(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -246,7 +167,7 @@ class Tracer(TorchFunctionMode):
         forward = self.original_class(real).forward
         state["forward"] = functools.partial(self._call_module, shadow, forward)
         for table in ("_parameters", "_buffers"):
-            state[table] = _LazyFakes(state[table], self._fake_parameter)
+            state[table] = LazyFakes(state[table], self._fake_parameter)
         for name, value in state.items():
             if name.endswith("_hooks") and value:
                 state[name] = type(value)()
@@ -262,8 +183,6 @@ class Tracer(TorchFunctionMode):
             self._fake_of[id(value)] = fake
             self._real_of[id(fake)] = value
         return self._fake_of[id(value)]
-
-    # -- recording -----------------------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, tensor_types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -293,10 +212,10 @@ class Tracer(TorchFunctionMode):
             node_args = tuple(self._arg(frame, a) for a in args)
             node_kwargs = {k: self._arg(frame, v) for k, v in kwargs.items()}
         except CaptureError as error:
-            frame.fail(f"{error}, in {_call_site()[0]}")
+            frame.fail(f"{error}, in {call_site()[0]}")
             return None
         node = frame.graph.create_node(op, target, node_args, node_kwargs)
-        site, line = _call_site()
+        site, line = call_site()
         node.meta.update(val=out, source=site, line=line)
         self._bind_output(frame, out, node)
         return node
@@ -316,7 +235,7 @@ class Tracer(TorchFunctionMode):
         elif isinstance(out, dict):
             for name, value in out.items():
                 self._bind_output(frame, value, node, _getter(frame, make, operator.getitem, name, value))
-        elif not isinstance(out, (*_PLAIN, torch.SymInt)):
+        elif not isinstance(out, (*PLAIN, torch.SymInt)):
             frame.bind(out, make if get else node)
 
     def _arg(self, frame: _Frame, value: Any) -> Any:
@@ -336,7 +255,7 @@ class Tracer(TorchFunctionMode):
             return size
         if isinstance(value, torch.Size):
             return tuple(self._arg(frame, v) for v in value)
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return value
         if isinstance(value, (tuple, list)):
             items = [self._arg(frame, v) for v in value]
@@ -414,8 +333,6 @@ class Tracer(TorchFunctionMode):
         finally:
             self.paused, self.guessing = before
 
-    # -- modules -------------------------------------------------------------------------------------------
-
     def _log_read(self, shadow: nn.Module, name: str, value: Any) -> None:
         path = self._paths.get(id(shadow))
         if self.paused or path is None or isinstance(value, nn.Module):
@@ -424,7 +341,7 @@ class Tracer(TorchFunctionMode):
             if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
                 relative = self._relative(frame, path)
                 if (relative, name) not in frame.reads:
-                    frame.reads[relative, name] = Read(relative, name, value, _snapshot(value))
+                    frame.reads[relative, name] = Read(relative, name, value, snapshot(value))
                 return
 
     def _call_module(self, shadow: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -433,7 +350,7 @@ class Tracer(TorchFunctionMode):
         path = self._paths[id(shadow)]
         real = self._real[id(shadow)]
         cls = self.original_class(real)
-        if self.frames and _owns_nothing(real):
+        if self.frames and owns_nothing(real):
             self.frames[-1].capture.absorbed.append((self._relative(self.frames[-1], path), type(real)))
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
@@ -453,7 +370,7 @@ class Tracer(TorchFunctionMode):
     def _record_call(self, frame: _Frame, path: str, args: tuple, kwargs: dict, out: Any, real: nn.Module) -> None:
         frame.recorded_modes.add(_mode())
         node = self._record(frame, "call_module", self._relative(frame, path), args, kwargs, out)
-        if node is not None and _exposes_parameters(real):
+        if node is not None and exposes_parameters(real):
             node.meta["parameters"] = {}
             with frame.graph.inserting_before(node):
                 for name, value in real._parameters.items():
@@ -476,7 +393,7 @@ class Tracer(TorchFunctionMode):
         try:
             out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
         except Exception as error:
-            frame.fail(_describe(error))
+            frame.fail(describe_error(error))
             if len(self.frames) == 1:
                 raise
             with self._pause(guess=True):  # the caller's graph may be good all the same
@@ -579,70 +496,14 @@ class Tracer(TorchFunctionMode):
             same = (
                 all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
                 and _same_aliasing(capture.leaf_values, leaves)
-                and _same_structure(twin, real)
-                and all(
-                    read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads
-                )
+                and same_structure(twin, real)
+                and all(read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads)
             )
             if same:
                 inputs = {id(old): new for old, new in zip(capture.leaf_values, leaves, strict=True)}
                 with self._pause(), self.fakes.active():
                     return capture, _fresh(capture.output, inputs)
         return None, None
-
-
-def is_leaf_module(module: nn.Module, cls: type) -> bool:
-    """True for modules that stay one node: torch's own (RMSNorm apart, an idiom), linear layers of every kind,
-    and modules whose forward was replaced on the instance."""
-    if "forward" in vars(module) or isinstance(module, nn.Linear):
-        return True
-    return cls.__module__.split(".")[0] == "torch" and cls not in (nn.RMSNorm, nn.Sequential)
-
-
-def _exposes_parameters(module: nn.Module) -> bool:
-    """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
-    return type(module) is nn.Linear and "forward" not in vars(module) and not has_hooks(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _owns_nothing(module: nn.Module) -> bool:
-    return not module._parameters and not module._buffers and not module._modules and "forward" not in vars(module)
-
-
-def _logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
-    """A subclass of `cls` that reports which instance attributes are read. It passes for `cls` by name."""
-    if cls not in cache:
-
-        def __getattribute__(self: nn.Module, name: str) -> Any:
-            value = super(logged, self).__getattribute__(name)
-            if not name.startswith("__") and name in object.__getattribute__(self, "__dict__"):
-                if name not in _INTERNAL and not name.endswith("_hooks"):
-                    log(self, name, value)
-            return value
-
-        body = {
-            "__getattribute__": __getattribute__,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-        }
-        logged = type(cls)(cls.__name__, (cls,), body)
-        cache[cls] = logged
-    return cache[cls]
-
-
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"forward", "_ligerfx_patched", "gradient_checkpointing"}
-
-
-def _snapshot(value: Any) -> dict[str, Any] | None:
-    """A shallow copy of the state of a configuration-like object, None for anything else."""
-    if isinstance(value, (*_PLAIN, torch.Tensor, nn.Module, tuple, list, dict)) or callable(value):
-        return None
-    return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
 def _getter(frame: _Frame, make: Callable, function: Callable, key: Any, value: Any) -> Callable:
@@ -672,7 +533,7 @@ def _target(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[str, Any, 
 
 
 def _is_foreign(value: Any) -> bool:
-    return not isinstance(value, (torch.Tensor, *_PLAIN, torch.SymInt))
+    return not isinstance(value, (torch.Tensor, *PLAIN, torch.SymInt))
 
 
 def _with_stand_ins(value: Any, frame: _Frame) -> Any:
@@ -706,28 +567,6 @@ def _same_aliasing(a: Sequence, b: Sequence) -> bool:
     return first_a == [[id(x) for x in b].index(id(x)) for x in b]
 
 
-def _same_structure(a: nn.Module, b: nn.Module) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
-        return False
-    for table in ("_parameters", "_buffers"):
-        mine, other = vars(a)[table], vars(b)[table]
-        if mine.keys() != other.keys():
-            return False
-        for x, y in zip(mine.values(), other.values(), strict=True):
-            if (x is None) != (y is None):
-                return False
-            if x is not None and (x.shape != y.shape or x.dtype != y.dtype or x.device != y.device):
-                return False
-    if a._modules.keys() != b._modules.keys():
-        return False
-    return all(
-        (x is None and y is None) or (x is not None and y is not None and _same_structure(x, y))
-        for x, y in zip(a._modules.values(), b._modules.values(), strict=True)
-    )
-
-
 def _fresh(out: Any, inputs: dict[int, Any]) -> Any:
     if id(out) in inputs:
         return inputs[id(out)]
@@ -740,37 +579,3 @@ def _fresh(out: Any, inputs: dict[int, Any]) -> Any:
     if isinstance(out, dict):
         return {k: _fresh(v, inputs) for k, v in out.items()}
     return out
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)):
-        return f"its Python code branches on the values of a tensor ({_raised_at(error)})"
-    text = str(error).strip().split("\n")[0]
-    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text} ({_raised_at(error)})"
-
-
-def _raised_at(error: Exception) -> str:
-    """`file:line` of the innermost model code that an error came through."""
-    site = "?"
-    trace = error.__traceback__
-    while trace is not None:
-        if _is_model_code(trace.tb_frame):
-            site = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return site
-
-
-def _is_model_code(frame: types.FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").split(".")[0] not in ("torch", "ligerfx", "sympy", "contextlib")
-
-
-def _call_site() -> tuple[str, str]:
-    """`file:line` and the source text of the model code that is being recorded."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if _is_model_code(frame):
-            filename, number = frame.f_code.co_filename, frame.f_lineno
-            lines = inspect.linecache.getline(filename, number).strip()
-            return f"{filename.rsplit('/', 1)[-1]}:{number}", lines
-        frame = frame.f_back
-    return "?", ""

@@ -32,9 +32,7 @@ def logits_loss(
 
 
 @pattern(replace=cross_entropy, idioms=["cross_entropy"])
-def loss_of_logits(
-    logits: "... V", target: "int ...", *, ignore_index: int, reduction: str, label_smoothing: float
-):
+def loss_of_logits(logits: "... V", target: "int ...", *, ignore_index: int, reduction: str, label_smoothing: float):
     return _loss(logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
 
 

@@ -223,7 +223,7 @@ def test_integer_arithmetic_is_no_algebra():
     assert values(lambda x, y, w: (x.long() // 2 * 2).float()) != values(lambda x, y, w: x.long().float())
 
 
-# -- roundings -------------------------------------------------------------------------------------------------
+# -- roundings -----------------------------------------------------------------------------------------------
 
 ROUNDINGS = {
     "low precision product": lambda x, y, w: (x * y).float() * w,
@@ -293,7 +293,7 @@ def test_promotion_rounds_the_narrow_operand():
     assert narrow != values(lambda x, y, w: (x.float() + y.float()) * w)
 
 
-# -- normal ----------------------------------------------------------------------------------------------------
+# -- normal --------------------------------------------------------------------------------------------------
 
 A, C = sympy.symbols("a c", real=True)
 

@@ -104,9 +104,7 @@ def test_casts_stay_deferred(computed, name):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "options", [{}, {"softcap": 2.0}, {"scale": 0.5}, {"softcap": 2.0, "scale": 3}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"scale": 0.5}, {"softcap": 2.0, "scale": 3}], ids=str)
 def test_values_and_gradients_are_those_of_eager(options, bias):
     inputs = parts(bias)
     leaves = [t for t in inputs if t is not None]
@@ -291,7 +289,7 @@ def test_pytree():
     assert torch.equal(doubled[0], eager(*inputs) * 2)
 
 
-# -- in a model's output ---------------------------------------------------------------------------------------
+# -- in a model's output -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +299,8 @@ def references(monkeypatch):
 
 def test_model_output():
     model = make("llama")
-    optimised, inputs = ligerfx.optimize(model), batch(model)
+    inputs = batch(model)
+    optimised = ligerfx.optimize(model, inputs)
     output, expected = optimised(**inputs), model(**inputs)
     assert type(output) is type(expected) and output.keys() == expected.keys()
     assert type(output.logits) is DeferredTensor
@@ -313,7 +312,8 @@ def test_model_output():
 
 def test_model_output_as_a_tuple():
     model = make("llama")
-    optimised, inputs = ligerfx.optimize(model), batch(model)
+    inputs = batch(model)
+    optimised = ligerfx.optimize(model, inputs)
     loss, logits, *_ = optimised(**inputs, return_dict=False)
     expected = model(**inputs, return_dict=False)
     torch.testing.assert_close(loss, expected[0])
@@ -322,7 +322,8 @@ def test_model_output_as_a_tuple():
 
 def test_optimiser_step_before_the_logits_are_read():
     model = make("llama")
-    optimised, inputs = ligerfx.optimize(model), batch(model)
+    inputs = batch(model)
+    optimised = ligerfx.optimize(model, inputs)
     optimiser = torch.optim.SGD(optimised.parameters(), lr=0.1)
     output = optimised(**inputs)
     output.loss.backward()
@@ -333,7 +334,8 @@ def test_optimiser_step_before_the_logits_are_read():
 
 def test_backward_through_loss_and_logits_together():
     model = make("llama")
-    optimised, inputs = ligerfx.optimize(model), batch(model)
+    inputs = batch(model)
+    optimised = ligerfx.optimize(model, inputs)
     gradients = []
     for m in (model, optimised):
         output = m(**inputs)
@@ -348,5 +350,6 @@ def test_backward_through_loss_and_logits_together():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_the_dtype_of_the_original(dtype):
     model = make("gemma2", dtype)
-    optimised, inputs = ligerfx.optimize(model), batch(model)
+    inputs = batch(model)
+    optimised = ligerfx.optimize(model, inputs)
     assert optimised(**inputs).logits.dtype == model(**inputs).logits.dtype == dtype

@@ -9,9 +9,9 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, batch, expected_idioms, make, midsize
 
 import ligerfx
+from models import FAMILIES, batch, expected_idioms, make, midsize
 
 GPU = torch.cuda.is_available()
 BACKENDS = ["triton"] if GPU else ["reference", "interpreter"]
@@ -65,7 +65,9 @@ def assert_no_worse_than_eager(model, optimised, *size, batches=1):
         for name, candidate in (("eager", model), ("ours", optimised)):
             loss_, logits_, gradients_ = run(candidate, inputs)
             errors = [abs(loss_ - loss).item() / loss.item(), error(logits_, logits)]
-            squares[name].append(torch.tensor(errors + [error(gradients_[n], gradients[n]) for n in gradients]).square())
+            squares[name].append(
+                torch.tensor(errors + [error(gradients_[n], gradients[n]) for n in gradients]).square()
+            )
     eager, ours = (torch.stack(rows).mean(0) for rows in squares.values())
     epsilon = torch.finfo(model.dtype).eps
     assert ours[0].sqrt() <= eager[0].sqrt() * 1.1 + epsilon / 4, f"loss: {ours[0].sqrt()}, eager {eager[0].sqrt()}"

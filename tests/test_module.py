@@ -48,6 +48,11 @@ def llama():
     return make("llama")
 
 
+def optimized(model):
+    """Captured with the call that the tests make, so that they need no second capture."""
+    return ligerfx.optimize(model, batch(model))
+
+
 def programs(optimised):
     """How many programs each optimised module holds."""
     return {
@@ -76,11 +81,11 @@ def assert_same(optimised, model, inputs, rtol=1e-6):
     model.zero_grad(set_to_none=True)
 
 
-# -- what it is ------------------------------------------------------------------------------------------------
+# -- what it is ----------------------------------------------------------------------------------------------
 
 
 def test_it_is_a_graph_module_and_the_models_class(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     assert isinstance(optimised, torch.fx.GraphModule) and isinstance(optimised, type(llama))
     assert type(optimised).__name__ == type(llama).__name__
     assert inspect.signature(optimised.forward) == inspect.signature(llama.forward)
@@ -91,7 +96,7 @@ def test_it_is_a_graph_module_and_the_models_class(llama):
 
 
 def test_state_and_parameters_are_shared(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     assert list(optimised.state_dict()) == list(llama.state_dict())
     assert [n for n, _ in optimised.named_modules()] == [n for n, _ in llama.named_modules()]
     pairs = zip(optimised.named_parameters(), llama.named_parameters(), strict=True)
@@ -100,7 +105,7 @@ def test_state_and_parameters_are_shared(llama):
 
 
 def test_optimising_the_result_again(llama):
-    once = ligerfx.optimize(llama)
+    once = optimized(llama)
     twice = ligerfx.optimize(once)
     assert twice.report.idioms == once.report.idioms
     assert type(twice).__mro__.count(OptimizedModule) == 1
@@ -109,17 +114,17 @@ def test_optimising_the_result_again(llama):
 
 def test_load_state_dict(llama):
     model = copy.deepcopy(llama)
-    optimised = ligerfx.optimize(model)
+    optimised = optimized(model)
     other = make("llama", seed=5)
     optimised.load_state_dict(other.state_dict())
     assert_same(optimised, other, batch(llama))
 
 
-# -- dispatch --------------------------------------------------------------------------------------------------
+# -- dispatch ------------------------------------------------------------------------------------------------
 
 
 def test_other_sizes_make_no_program(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     optimised(**batch(llama))
     before = programs(optimised)
     for shape in [(1, 4), (3, 9), (2, 2), (5, 16), (1, 1), (7, 2)]:
@@ -130,7 +135,7 @@ def test_other_sizes_make_no_program(llama):
 
 
 def test_a_new_signature_is_captured_once(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     inputs = batch(llama)
     optimised(**inputs)
     variants = [
@@ -152,19 +157,19 @@ def test_a_new_signature_is_captured_once(llama):
 
 
 def test_positional_and_keyword_arguments(llama):
-    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised, inputs = optimized(llama), batch(llama)
     expected = llama(inputs["input_ids"], inputs["attention_mask"]).logits
     torch.testing.assert_close(optimised(inputs["input_ids"], inputs["attention_mask"]).logits + 0, expected)
 
 
 def test_inputs_embeds(llama):
-    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised, inputs = optimized(llama), batch(llama)
     embeds = llama.model.embed_tokens(inputs.pop("input_ids")).detach()
     assert_same(optimised, llama, {**inputs, "inputs_embeds": embeds})
 
 
 def test_wrong_arguments_raise_as_in_the_original(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     for wrong in ({"nonsense": 1, "input_ids": torch.ones(1, 2)}, {}):
         with pytest.raises(Exception) as expected:  # noqa: PT011, B017
             llama(**wrong)
@@ -196,17 +201,17 @@ def test_another_dtype_of_input(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_converted_after_optimize(dtype):
     model = make("llama")
-    optimised = ligerfx.optimize(copy.deepcopy(model)).to(dtype)
+    optimised = optimized(copy.deepcopy(model)).to(dtype)
     model = model.to(dtype)
     loss, expected = optimised(**batch(model)).loss, model(**batch(model)).loss
     torch.testing.assert_close(loss, expected, rtol=1e-12 if dtype == torch.float64 else 2**-6, atol=0)
 
 
-# -- guards ----------------------------------------------------------------------------------------------------
+# -- guards --------------------------------------------------------------------------------------------------
 
 
 def both(model):
-    return ligerfx.optimize(model), copy.deepcopy(model)
+    return optimized(model), copy.deepcopy(model)
 
 
 def test_attribute_changed_after_optimize(llama):
@@ -333,9 +338,9 @@ def test_hook_fires(llama, path, when):
     model = copy.deepcopy(llama)
     if when == "before":
         model.get_submodule(path).register_forward_hook(lambda m, args, out: out * 1.5)
-        optimised = ligerfx.optimize(model)
+        optimised = optimized(model)
     else:
-        optimised = ligerfx.optimize(model)
+        optimised = optimized(model)
         for m in (optimised, model):
             m.get_submodule(path).register_forward_hook(lambda m, args, out: out * 1.5)
     assert_same(optimised, model, batch(llama))
@@ -343,7 +348,7 @@ def test_hook_fires(llama, path, when):
 
 def test_train_and_eval():
     model = make("llama", attention_dropout=0.5)
-    optimised, inputs = ligerfx.optimize(model), batch(model)
+    optimised, inputs = optimized(model), batch(model)
     for training in (False, True, False):
         optimised.train(training)
         copied = copy.deepcopy(model).train(training)
@@ -355,7 +360,7 @@ def test_train_and_eval():
 
 
 def test_autocast(llama):
-    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised, inputs = optimized(llama), batch(llama)
     optimised(**inputs)
     with torch.autocast("cpu", torch.bfloat16):
         loss, expected = optimised(**inputs).loss, llama(**inputs).loss
@@ -363,7 +368,7 @@ def test_autocast(llama):
     assert_same(optimised, llama, inputs)
 
 
-# -- copies ----------------------------------------------------------------------------------------------------
+# -- copies --------------------------------------------------------------------------------------------------
 
 
 def pickled(module):
@@ -378,7 +383,7 @@ def saved(module):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved], ids=lambda f: f.__name__)
 def test_copies_are_independent_and_optimised(llama, copied):
-    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised, inputs = optimized(llama), batch(llama)
     optimised(**inputs)
     other = copied(optimised)
     assert type(other) is type(optimised) and isinstance(other.model.layers[0].mlp, OptimizedModule)
@@ -405,11 +410,11 @@ def test_deepcopy_keeps_what_was_changed(llama):
 
 
 def test_shallow_copy(llama):
-    optimised = copy.copy(ligerfx.optimize(llama))
+    optimised = copy.copy(optimized(llama))
     assert_same(optimised, llama, batch(llama))
 
 
-# -- editing ---------------------------------------------------------------------------------------------------
+# -- editing -------------------------------------------------------------------------------------------------
 
 
 def scale_output(module, factor):
@@ -421,7 +426,7 @@ def scale_output(module, factor):
 
 
 def test_edited_graph_takes_effect_for_this_module_alone(llama):
-    optimised, inputs = ligerfx.optimize(llama), batch(llama)
+    optimised, inputs = optimized(llama), batch(llama)
     first, second = optimised.model.layers[0].mlp, optimised.model.layers[1].mlp
     x = torch.randn(2, 9, 64)
     one, two = first(x), second(x)
@@ -433,7 +438,7 @@ def test_edited_graph_takes_effect_for_this_module_alone(llama):
 
 
 def test_edited_graph_survives_a_copy(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     mlp, x = optimised.model.layers[0].mlp, torch.randn(2, 9, 64)
     expected = 2 * mlp(x)
     scale_output(mlp, 2.0)
@@ -450,7 +455,7 @@ def test_graph_set_and_recompiled():
 
 
 def test_reading_the_graph_changes_nothing(llama):
-    optimised = ligerfx.optimize(llama)
+    optimised = optimized(llama)
     mlp, x = optimised.model.layers[0].mlp, torch.randn(2, 9, 64)
     before, code = mlp(x), mlp.code
     assert {n.op for n in mlp.graph.nodes} >= {"placeholder", "output"}
@@ -460,7 +465,7 @@ def test_reading_the_graph_changes_nothing(llama):
     mlp.print_readable(print_output=False)
 
 
-# -- calls -----------------------------------------------------------------------------------------------------
+# -- calls ---------------------------------------------------------------------------------------------------
 
 
 def test_arguments_with_defaults_and_keywords():
@@ -496,7 +501,7 @@ def test_generate(llama):
 
 def test_report_and_programs_do_not_keep_the_models_alive():
     model = make("llama", num_hidden_layers=1)
-    optimised = ligerfx.optimize(model)
+    optimised = optimized(model)
     optimised(**batch(model))
     report = optimised.report
     refs = [weakref.ref(model), weakref.ref(optimised), weakref.ref(model.lm_head.weight)]

@@ -5,16 +5,20 @@ import inspect
 
 import pytest
 import torch
-from models import FAMILIES, batch, expected_idioms, make
 from torch import nn
 
 import ligerfx
+from models import FAMILIES, batch, expected_idioms, make
 
 
 def snapshot(model):
     """What of a model could be changed: class, attributes and tensors of every module."""
     return {
-        path: (type(module), dict(vars(module)), {k: (id(v), v.clone()) for k, v in module._parameters.items() if v is not None})
+        path: (
+            type(module),
+            dict(vars(module)),
+            {k: (id(v), v.clone()) for k, v in module._parameters.items() if v is not None},
+        )
         for path, module in model.named_modules()
     }
 
@@ -133,7 +137,9 @@ class Plain(nn.Module):
         return x + factor * self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-@pytest.mark.parametrize("inputs", [torch.randn(2, 3, 16), (torch.randn(2, 3, 16),), {"x": torch.randn(2, 3, 16), "factor": 2.0}])
+@pytest.mark.parametrize(
+    "inputs", [torch.randn(2, 3, 16), (torch.randn(2, 3, 16),), {"x": torch.randn(2, 3, 16), "factor": 2.0}]
+)
 def test_plain_modules(inputs):
     model = Plain()
     optimised = ligerfx.optimize(model, inputs)
@@ -209,7 +215,9 @@ def test_what_cannot_be_captured_stays_and_is_reported():
     model = DataDependent()
     optimised = ligerfx.optimize(model, torch.ones(2, 16))
     assert optimised.report.idioms == {"rms_norm": 2}
-    assert optimised.report.opaque == {"branch": "its Python code branches on the values of a tensor (test_optimize.py:%d)" % _line()}
+    assert optimised.report.opaque == {
+        "branch": f"its Python code branches on the values of a tensor (test_optimize.py:{_line()})"
+    }
     for x in (torch.rand(3, 16), -torch.rand(3, 16)):
         torch.testing.assert_close(optimised(x), model(x), rtol=1e-6, atol=1e-6)
 

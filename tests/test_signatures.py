@@ -3,10 +3,10 @@ original on the plain PyTorch references, and no new capture for a new size."""
 
 import pytest
 import torch
-from models import batch, expected_idioms, make
 from test_equivalence import run
 
 import ligerfx
+from models import batch, expected_idioms, make
 
 FAMILIES = ["llama", "gemma2", "qwen3", "phi4"]
 
@@ -138,7 +138,7 @@ def test_generate(pair):
     model.eval(), optimised.eval()
     prompt = batch(model, 2, 6, padding="left")
     inputs = {name: prompt[name] for name in ("input_ids", "attention_mask")}
-    arguments = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(**inputs, **arguments), optimised.generate(**inputs, **arguments))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import ligerfx
 from ligerfx.tracer import Tracer
-from models import batch, make
+from models import batch, expected_idioms, make
 
 H = 8
 
@@ -74,7 +74,7 @@ def assert_equal(optimised, original, *args, **kwargs):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# -- sizes -----------------------------------------------------------------------------------------------------
+# -- sizes ---------------------------------------------------------------------------------------------------
 
 SIZES = {
     "view": lambda self, x: self.linear(x.view(-1, H)).view(x.shape[0], x.shape[1], H),
@@ -196,7 +196,7 @@ def test_equal_example_sizes_may_differ_later():
         assert_equal(optimised, module, x(*first), x(*second))
 
 
-# -- opaque modules --------------------------------------------------------------------------------------------
+# -- opaque modules ------------------------------------------------------------------------------------------
 
 
 class Opaque(nn.Module):
@@ -258,7 +258,7 @@ def test_failing_forward_is_one_clear_error():
         ligerfx.optimize(module, (x(2, 6),))
 
 
-# -- modules ---------------------------------------------------------------------------------------------------
+# -- modules -------------------------------------------------------------------------------------------------
 
 
 def test_modules_that_own_nothing_are_inlined():
@@ -378,7 +378,7 @@ def test_plain_attribute_updated_in_forward(start):
         assert_equal(optimised, reference, x(2, 6))
 
 
-# -- twins -----------------------------------------------------------------------------------------------------
+# -- twins ---------------------------------------------------------------------------------------------------
 
 
 def stack(*norms):
@@ -420,7 +420,7 @@ def test_layers_of_another_width_are_captured_apart():
     assert first is not second
 
 
-# -- numbers ---------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------------------
 
 
 def test_number_handed_on_is_an_input():
@@ -464,7 +464,7 @@ def test_one_tensor_passed_twice():
     assert_equal(optimised, module, x(2, 6), y=x(2, 6), z=x(2, 6))
 
 
-# -- grad modes ------------------------------------------------------------------------------------------------
+# -- grad modes ----------------------------------------------------------------------------------------------
 
 
 def no_grad_everywhere(self, x):
@@ -525,7 +525,7 @@ def test_capture_under_no_grad_serves_training():
     assert module.first.weight.grad is not None
 
 
-# -- threads ---------------------------------------------------------------------------------------------------
+# -- threads -------------------------------------------------------------------------------------------------
 
 
 def test_two_threads_optimise_and_run_at_once():
@@ -534,15 +534,14 @@ def test_two_threads_optimise_and_run_at_once():
 
     def work(model):
         barrier.wait()
-        optimised = ligerfx.optimize(model)
         inputs = batch(model)
+        optimised = ligerfx.optimize(model, inputs)
         return optimised.report.idioms, optimised(**inputs).loss, model(**inputs).loss
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(work, models))
-    alone = [ligerfx.optimize(m).report.idioms for m in models]
-    for (idioms, loss, expected), wanted in zip(results, alone, strict=True):
-        assert idioms == wanted
+    for model, (idioms, loss, expected) in zip(models, results, strict=True):
+        assert idioms == expected_idioms(model)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 

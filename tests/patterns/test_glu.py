@@ -68,7 +68,7 @@ GELU_TANH = {
     "functional": (lambda x: F.gelu(x, approximate="tanh"), 0),
     "module": (nn.GELU(approximate="tanh"), 0),
     "NewGELU": (
-        lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))), 1e-6
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))), 1e-6
     ),
     "FastGELU": (
         lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608028654 * (1.0 + 0.044715 * x * x))), 1e-6
@@ -236,7 +236,7 @@ def test_in_the_interpreter(optimise, monkeypatch):
     optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu"], rtol=1e-5)
 
 
-# -- what must not match ---------------------------------------------------------------------------------------
+# -- what must not match -------------------------------------------------------------------------------------
 
 NEVER = {
     "quick gelu": (lambda g, u: g * torch.sigmoid(1.702 * g) * u, "silu_glu", "found -1.702"),
@@ -302,9 +302,7 @@ def test_what_is_not_two_halves_is_not_packed(optimise, function):
     optimise(Function(function), packed(2, 3), ["silu_glu"])
 
 
-@pytest.mark.parametrize(
-    "function", [lambda g, u: (F.silu(g) * u, F.silu(g)), lambda g, u: (F.silu(g) * u, u + 1)]
-)
+@pytest.mark.parametrize("function", [lambda g, u: (F.silu(g) * u, F.silu(g)), lambda g, u: (F.silu(g) * u, u + 1)])
 def test_inputs_may_be_used_elsewhere(optimise, function):
     optimise(Function(function), pair(2, 3), ["silu_glu"])
 

@@ -172,7 +172,7 @@ def test_in_the_interpreter(optimise, monkeypatch):
     optimise(module, call(2, 6), [FUSED], rtol=1e-5)
 
 
-# -- what must not match ---------------------------------------------------------------------------------------
+# -- what must not match -------------------------------------------------------------------------------------
 
 NEVER_FUSED = {
     "no reduction": lambda x, y: plain(x, y, reduction="none").mean(),

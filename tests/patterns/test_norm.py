@@ -29,7 +29,7 @@ def inputs(*shape, dtype=torch.float32):
     return [torch.randn(*shape, H).to(dtype)]
 
 
-# -- spellings of one formula: all are Llama's norm ------------------------------------------------------------
+# -- spellings of one formula: all are Llama's norm ----------------------------------------------------------
 
 
 def llama(x, w, eps):
@@ -176,7 +176,7 @@ def test_any_number_of_leading_dimensions(optimise, shape):
     optimise(Norm(llama), inputs(*shape), [ROUNDED])
 
 
-# -- cast positions --------------------------------------------------------------------------------------------
+# -- cast positions ------------------------------------------------------------------------------------------
 
 
 def rounded_last(x, w, eps):
@@ -262,7 +262,7 @@ def test_fp32_weight_on_bf16_states(optimise, function):
     optimise(Norm(function), inputs(2, 3, dtype=torch.bfloat16), [FIRST if function is llama else LAST])
 
 
-# -- torch's own, inlined, several -----------------------------------------------------------------------------
+# -- torch's own, inlined, several ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -338,7 +338,7 @@ def test_in_the_interpreter(optimise, monkeypatch):
         optimise(Norm(function), inputs(2, 3), [pattern], rtol=1e-5)
 
 
-# -- what must not match ---------------------------------------------------------------------------------------
+# -- what must not match -------------------------------------------------------------------------------------
 
 
 def with_variance(variance, root=torch.rsqrt):
@@ -447,9 +447,7 @@ def returns_the_normalised_too(x, w, eps):
     return w * h, h
 
 
-@pytest.mark.parametrize(
-    "function", [returns_the_root_too, returns_the_normalised_too], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("function", [returns_the_root_too, returns_the_normalised_too], ids=lambda f: f.__name__)
 def test_intermediate_value_used_elsewhere(optimise, function):
     report = optimise(Norm(function), inputs(2, 3), [])
     (miss,) = report.near_misses

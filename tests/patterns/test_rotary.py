@@ -179,7 +179,7 @@ def test_in_the_interpreter(optimise, assert_same, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-# -- what must not match ---------------------------------------------------------------------------------------
+# -- what must not match -------------------------------------------------------------------------------------
 
 
 def interleaved(x):

@@ -1,0 +1,121 @@
+"""Captures: the graph of one module's forward for one call signature, and what it rests on."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+
+PLAIN = (
+    str, bool, int, float, complex, type(None), type(...),
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Types of Python constants: they may stand in a graph as they are, and compare by value."""
+
+MISSING = object()
+
+
+@dataclasses.dataclass(eq=False)
+class Read:
+    """An attribute of a module that the captured Python code looked at: the capture holds while it is so."""
+
+    path: str  # of the module, relative to the captured one
+    name: str
+    value: Any
+    state: dict[str, Any] | None = None  # shallow snapshot, where the value is a configuration-like object
+
+    def holds(self, module: nn.Module) -> bool:
+        return self.same(submodule(module, self.path).__dict__.get(self.name, MISSING))
+
+    def same(self, value: Any) -> bool:
+        if self.state is not None:
+            return type(value) is type(self.value) and vars(value) == self.state
+        if value is self.value:
+            return True
+        if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
+            return value.__func__ is self.value.__func__
+        return (
+            type(value) is type(self.value)
+            and isinstance(value, (*PLAIN, tuple, list, dict, set))
+            and value == self.value
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class Capture:
+    """The graph of one module's forward, for one call signature.
+
+    `graph` takes the tensors and numbers of the call that it uses (`leaves`: their positions in the flattened
+    call) and returns what forward returns. `error` says why there is no usable graph.
+    """
+
+    path: str
+    key: tuple
+    graph: torch.fx.Graph
+    leaves: list[int] = dataclasses.field(default_factory=list)
+    leaf_values: list[Any] = dataclasses.field(default_factory=list)
+    passed_on: set[int] = dataclasses.field(default_factory=set)  # leaves that only modules and leaf functions get
+    reads: list[Read] = dataclasses.field(default_factory=list)
+    guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
+    children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
+    absorbed: list[tuple[str, type]] = dataclasses.field(default_factory=list)  # modules without a call of their own
+    grad_enabled: bool | None = None  # where forward itself switches the grad mode
+    error: str | None = None
+    output: Any = None
+
+    def subtree(self) -> Iterator[tuple[str, Capture]]:
+        """This capture and those of all modules called inside, with paths relative to this module."""
+        yield "", self
+        for path, child in self.children:
+            for inner, capture in child.subtree():
+                yield join(path, inner), capture
+
+
+def join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    return module.get_submodule(path) if path else module
+
+
+def snapshot(value: Any) -> dict[str, Any] | None:
+    """A shallow copy of the state of a configuration-like object, None for anything else."""
+    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple, list, dict)) or callable(value):
+        return None
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def same_structure(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two module trees have the same classes, attributes and kinds of parameters."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
+        return False
+    for table in ("_parameters", "_buffers"):
+        mine, other = vars(a)[table], vars(b)[table]
+        if mine.keys() != other.keys():
+            return False
+        for x, y in zip(mine.values(), other.values(), strict=True):
+            if (x is None) != (y is None):
+                return False
+            if x is not None and (x.shape != y.shape or x.dtype != y.dtype or x.device != y.device):
+                return False
+    if a._modules.keys() != b._modules.keys():
+        return False
+    return all(
+        (x is None and y is None) or (x is not None and y is not None and same_structure(x, y))
+        for x, y in zip(a._modules.values(), b._modules.values(), strict=True)
+    )

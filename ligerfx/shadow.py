@@ -1,0 +1,72 @@
+"""Shadows: what the tracer runs in place of a model's modules.
+
+A shadow is a shallow copy whose parameters are fakes, whose hooks are gone, and which reports what the model's
+Python code reads of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import has_hooks
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
+    "forward",
+    "_ligerfx_patched",
+    "gradient_checkpointing",
+}
+
+
+class LazyFakes(dict):
+    """A parameter table that makes each fake when it is first looked up."""
+
+    def __init__(self, real: dict[str, torch.Tensor | None], fake: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__(real)
+        self._fake = fake
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        return value if value is None else self._fake(value)
+
+
+def logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
+    """A subclass of `cls` that reports which instance attributes are read. It passes for `cls` by name."""
+    if cls not in cache:
+
+        def __getattribute__(self: nn.Module, name: str) -> Any:
+            value = super(logged, self).__getattribute__(name)
+            is_state = not name.startswith("__") and name in object.__getattribute__(self, "__dict__")
+            if is_state and name not in _INTERNAL and not name.endswith("_hooks"):
+                log(self, name, value)
+            return value
+
+        body = {
+            "__getattribute__": __getattribute__,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+        }
+        logged = type(cls)(cls.__name__, (cls,), body)
+        cache[cls] = logged
+    return cache[cls]
+
+
+def is_leaf_module(module: nn.Module, cls: type) -> bool:
+    """True for modules that stay one node: torch's own (RMSNorm apart, an idiom), linear layers of every kind,
+    and modules whose forward was replaced on the instance."""
+    if "forward" in vars(module) or isinstance(module, nn.Linear):
+        return True
+    return cls.__module__.split(".")[0] == "torch" and cls not in (nn.RMSNorm, nn.Sequential)
+
+
+def owns_nothing(module: nn.Module) -> bool:
+    """True for activation functions and the like, which have no parameters, buffers or children."""
+    return not module._parameters and not module._buffers and not module._modules and "forward" not in vars(module)
+
+
+def exposes_parameters(module: nn.Module) -> bool:
+    """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not has_hooks(module)

@@ -1,0 +1,52 @@
+"""Where in the model's own code something happened."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import types
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from .errors import CaptureError
+
+
+def call_site() -> tuple[str, str]:
+    """`file:line` and the source text of the model code that is being recorded."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if _is_model_code(frame):
+            filename, number = frame.f_code.co_filename, frame.f_lineno
+            lines = linecache.getline(filename, number).strip()
+            return f"{filename.rsplit('/', 1)[-1]}:{number}", lines
+        frame = frame.f_back
+    return "?", ""
+
+
+def describe_error(error: Exception) -> str:
+    """Why a capture ended, on one line."""
+    if isinstance(error, (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)):
+        return f"its Python code branches on the values of a tensor ({_raised_at(error)})"
+    text = str(error).strip().split("\n")[0]
+    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text} ({_raised_at(error)})"
+
+
+def _raised_at(error: Exception) -> str:
+    """`file:line` of the innermost model code that an error came through."""
+    site = "?"
+    trace = error.__traceback__
+    while trace is not None:
+        if _is_model_code(trace.tb_frame):
+            site = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return site
+
+
+def _is_model_code(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").split(".")[0] not in (
+        "torch",
+        "ligerfx",
+        "sympy",
+        "contextlib",
+    )

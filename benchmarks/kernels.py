@@ -558,6 +558,8 @@ LOSS_COLUMNS = {
 
 def show(console: Console, op: str, results: list[dict[str, Any]]) -> None:
     """Device times and memory of one op."""
+    if not results:
+        return
     columns = LOSS_COLUMNS if op == "linear_cross_entropy" else BANDWIDTH_COLUMNS
     table = Table(title=op)
     table.add_column("shape", no_wrap=True)
@@ -584,11 +586,12 @@ def show_host(console: Console, host: list[dict[str, Any]], peers: list[str]) ->
 
 def show_missing(console: Console, missing: list[dict[str, Any]]) -> None:
     """What was not measured, and why; what has one reason together."""
-    where = defaultdict(dict)
+    places: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for miss in missing:
-        where[miss["peer"], miss["reason"]][f"{miss['op']} {miss['shape']}"] = None
-    for (peer, reason), places in where.items():
-        console.print(f"{peer} not measured: {reason} ({'; '.join(places)})", style="red", markup=False)
+        places[miss["peer"], miss["reason"]][miss["op"]].append(miss["shape"])
+    for (peer, reason), shapes in places.items():
+        where = "; ".join(f"{op} {', '.join(dict.fromkeys(found))}" for op, found in shapes.items())
+        console.print(f"{peer} not measured: {reason}: {where}", style="red", markup=False)
 
 
 def versions(device: str) -> dict[str, Any]:

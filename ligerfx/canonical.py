@@ -12,7 +12,7 @@ there is a `round` term. A cast that changes no value (fp32 to fp32, or an input
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,27 @@ class Canonicalizer:
             rule = _RULES.get(name) if name else None
             if rule is not None:
                 result = rule(self, node, *node.args, **node.kwargs)
+            if result is None and name and node.op != "call_module" and name not in _IMPURE:
+                result = self._call(node, name)
         return self.leaf(node) if result is None else result
+
+    def _call(self, node: Node, name: str) -> sympy.Expr | None:
+        """An operation without a rule of its own: the same call on the same values is the same value."""
+        if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace"):
+            return None
+        operands: list[sympy.Expr] = []
+
+        def attribute(value: Any) -> Any:
+            if isinstance(value, Node):
+                operands.append(self.value(value))
+                return "operand", len(operands)
+            if isinstance(value, (tuple, list)):
+                return tuple(attribute(v) for v in value)
+            return value if isinstance(value, Hashable) else repr(value)
+
+        args = tuple(attribute(a) for a in node.args)
+        kwargs = tuple((key, attribute(node.kwargs[key])) for key in sorted(node.kwargs))
+        return self.term(node, name, (args, kwargs), *operands)
 
     def leaf(self, node: Node) -> sympy.Symbol:
         val = node.meta.get("val")
@@ -177,6 +197,21 @@ def op_name(node: Node) -> str | None:
 
 
 _RULES: dict[str, Callable[..., sympy.Expr | None]] = {}
+_IMPURE = {
+    "dropout",
+    "setitem",
+    "bernoulli",
+    "multinomial",
+    "normal",
+    "rand",
+    "randn",
+    "randint",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "empty",
+    "empty_like",
+}
 
 
 def _rule(*names: str) -> Callable:

@@ -27,23 +27,25 @@ class Read:
     path: str  # of the module, relative to the captured one
     name: str
     value: Any
-    state: dict[str, Any] | None = None  # shallow snapshot, where the value is a configuration-like object
+
+    def __post_init__(self) -> None:
+        self._state = snapshot(self.value)
 
     def holds(self, module: nn.Module) -> bool:
-        return self.same(submodule(module, self.path).__dict__.get(self.name, MISSING))
+        return self.same(submodule(module, self.path))
 
-    def same(self, value: Any) -> bool:
-        if self.state is not None:
-            return type(value) is type(self.value) and vars(value) == self.state
+    def same(self, module: nn.Module) -> bool:
+        """Whether `module` still has the attribute as it was read."""
+        value = module.__dict__.get(self.name, MISSING)
+        if value is MISSING:
+            value = getattr(type(module), self.name, MISSING)
+        if self._state is not None:
+            return type(value) is type(self.value) and _equal(snapshot(value), self._state)
         if value is self.value:
             return True
         if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
             return value.__func__ is self.value.__func__
-        return (
-            type(value) is type(self.value)
-            and isinstance(value, (*PLAIN, tuple, list, dict, set))
-            and value == self.value
-        )
+        return type(value) is type(self.value) and isinstance(value, (*PLAIN, tuple)) and _equal(value, self.value)
 
 
 @dataclasses.dataclass(eq=False)
@@ -84,11 +86,21 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
     return module.get_submodule(path) if path else module
 
 
-def snapshot(value: Any) -> dict[str, Any] | None:
-    """A shallow copy of the state of a configuration-like object, None for anything else."""
-    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple, list, dict)) or callable(value):
+def snapshot(value: Any) -> Any:
+    """A shallow copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
+    configuration-like object. None for a value that cannot, or whose change is seen elsewhere."""
+    if isinstance(value, (list, dict, set)):
+        return value.copy()
+    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or callable(value):
         return None
     return dict(vars(value)) if hasattr(value, "__dict__") else None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # tensors inside, which have no single answer
+        return False
 
 
 def has_hooks(module: nn.Module) -> bool:

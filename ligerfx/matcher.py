@@ -26,6 +26,9 @@ from .tracer import Tracer
 NEARLY = 0.5
 """The share of a pattern that must have been recognised for a failure to be reported."""
 
+MISFIT, OBSTRUCTED = 1.1, 1.2
+"""How far a match came that was proposed but whose inputs do not fit, and one that was proved but cannot be used."""
+
 
 @dataclass(eq=False)
 class Match:
@@ -47,6 +50,7 @@ class NearMiss:
     node: Node
     reason: str
     share: float  # of the pattern that was recognised
+    reach: int = 0  # the number of steps that the pattern takes
 
     @property
     def source(self) -> str:
@@ -54,7 +58,9 @@ class NearMiss:
 
 
 class _Fail(Exception):
-    pass
+    def __init__(self, reason: str, share: float = 1.0) -> None:
+        super().__init__(reason)
+        self.share = share
 
 
 Bindings = dict[sympy.Symbol, sympy.Expr]
@@ -89,7 +95,7 @@ class Matcher:
                 if match is not None:
                     matches.append(match)
                     taken |= match.interior
-        return matches, _best(misses, taken)
+        return matches, _best(misses, taken, self.values)
 
     def _match_at(self, pattern: Pattern, root: Node, taken: set[Node], misses: dict[Node, NearMiss]) -> Match | None:
         for variant in pattern.variants:
@@ -100,9 +106,9 @@ class Matcher:
                     problem = self._obstacle(match, taken)
                     if problem is None:
                         return match
-                    unifier.note(1.0, problem)
+                    unifier.note(OBSTRUCTED, problem)
             if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
-                misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share)
+                misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share, unifier._size)
         return None
 
     def _prove(
@@ -134,7 +140,7 @@ class Matcher:
             try:
                 outputs = self._proved_outputs(variant, roots, inputs, constants)
             except _Fail as failure:
-                unifier.note(1.0, str(failure))
+                unifier.note(failure.share, str(failure))
                 continue
             interior = self._cone(outputs, stop=set(inputs.values()))
             interior = {n for n in interior if n.op not in ("placeholder", "get_attr") and _is_tensor(n)}
@@ -152,7 +158,7 @@ class Matcher:
         if problem is None and pattern.when is not None:
             problem = pattern.when(**tensors, **constants)
         if problem is not None:
-            raise _Fail(problem)
+            raise _Fail(problem, MISFIT)
         arguments: dict[str, Any] = dict.fromkeys(variant.absent)
         arguments |= constants
         # Each input is a tensor object of its own, also where the model passes one node twice.
@@ -252,14 +258,18 @@ class _Unifier:
 
     def note(self, share: float, reason: str | Callable[[], str]) -> None:
         """Keeps the reason of the failure that came furthest. Text is made only where it may be shown."""
-        if share > max(self.share, NEARLY):
+        if share > max(self.share, NEARLY):  # a proposal that failed halfway never outranks one that was made
             self.share, self.reason = share, reason() if callable(reason) else reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
         self.note(
-            self._done / self._size,
+            self._progress,
             lambda: f"expected {self._expected(expected)}, found {describe(found, self.matcher.terms)}",
         )
+
+    @property
+    def _progress(self) -> float:
+        return min(self._done / self._size, 0.99)
 
     def _expected(self, value: sympy.Expr) -> str:
         return describe(value, self.variant.terms)
@@ -308,7 +318,7 @@ class _Unifier:
         if not t.is_number:
             name = f"{p}: " if p in self.variant.kinds else ""
             self.note(
-                self._done / self._size,
+                self._progress,
                 lambda: f"{name}expected a constant, found {describe(t, self.matcher.terms)}",
             )
             return
@@ -339,7 +349,7 @@ class _Unifier:
             extended = self._unify_attribute(name_value, found, bound)
             if extended is None:
                 text = f"{want.op}: expected {_attribute(name_value)}, found {_attribute(found)}"
-                self.note((self._done + 0.5) / self._size, text)
+                self.note(self._progress, text)
                 return
             bound = extended
         yield from self._counted(self._unify_all(list(zip(want.args, have.args, strict=True)), bound))
@@ -378,7 +388,7 @@ class _Unifier:
                 yield bound
             else:
                 self.note(
-                    self._done / self._size,
+                    self._progress,
                     lambda: f"found {describe(func(*have), self.matcher.terms)} besides",
                 )
             return
@@ -387,7 +397,7 @@ class _Unifier:
             yield from self.unify(p, func(*have), bound)
             return
         if not have:
-            self.note(self._done / self._size, lambda: f"expected {self._expected(p)} as well")
+            self.note(self._progress, lambda: f"expected {self._expected(p)} as well")
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
@@ -461,15 +471,27 @@ def _is_tensor(node: Node) -> bool:
 
 def _mutates(node: Node) -> bool:
     name = op_name(node) or ""
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
+    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+    return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
 
 
-def _best(misses: dict[Node, NearMiss], taken: set[Node]) -> list[NearMiss]:
-    """Near misses that no match covers, one for each place: of overlapping ones the most complete."""
+def _best(misses: dict[Node, NearMiss], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
+    """Near misses away from any match, one for each place: of neighbouring ones the most complete."""
     kept: list[NearMiss] = []
-    covered: set[Node] = set(taken)
+    covered = taken | {n for n, value in values.items() if any(values.get(t) == value for t in taken)}
     for miss in sorted(misses.values(), key=lambda m: -m.share):
-        if miss.node not in covered:
+        place = _neighbourhood(miss.node, miss.reach)
+        if not place & covered:
             kept.append(miss)
-            covered |= set(miss.node.all_input_nodes) | set(miss.node.users)
+            covered |= place
     return kept
+
+
+def _neighbourhood(node: Node, reach: int) -> set[Node]:
+    """The node and the operations up to `reach` steps before it, inputs and parameters left out."""
+    seen: set[Node] = set()
+    front = {node}
+    for _ in range(reach + 1):
+        seen |= front
+        front = {i for n in front for i in n.all_input_nodes if i.op in ("call_function", "call_method")} - seen
+    return seen

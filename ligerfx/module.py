@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +21,11 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils._sympy.printers import PythonPrinter
 
-from .capture import MISSING, Capture, has_hooks, same_structure
+from .capture import Capture, has_hooks, same_structure
 from .errors import CaptureError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
-from .rewriter import rewrite
+from .rewriter import rewrite, tidy
 from .signature import call_key
 from .symbols import FakeInputs, expression
 from .traced_numbers import TracedFloat, TracedInt, plain
@@ -71,6 +72,8 @@ class Session:
             absorbed = [n.target for m in matches for n in m.interior if n.op == "call_module"]
             program.guard = _guard(capture, absorbed)
             rewrite(capture.graph, matches)
+        else:
+            tidy(capture.graph)
         program.function, program.code = compile_graph(capture.graph)
         return program
 
@@ -212,12 +215,23 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
             if program.guard(module, leaves):
                 return program, leaves
     if sum(map(len, programs.values())) >= MAX_SIGNATURES:
+        _warn_once(
+            module,
+            f"{type(module).__name__} was called in more than {MAX_SIGNATURES} ways (dtypes, kinds of arguments, "
+            "attribute values); further ones run its original forward",
+        )
         return None, leaves
     session = module._ligerfx_session
     with session.lock:
         program = session.program_for(module, key, leaves, args, kwargs)
     programs.setdefault(key, []).append(program)
     return program, leaves
+
+
+def _warn_once(module: OptimizedModule, message: str) -> None:
+    if not module.__dict__.setdefault("_ligerfx_warned", False):
+        module.__dict__["_ligerfx_warned"] = True
+        warnings.warn(message, stacklevel=4)
 
 
 def compile_graph(graph: Graph) -> tuple[Callable, str]:
@@ -235,7 +249,7 @@ def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list],
     attributes that its Python code read, and the modules that have no call of their own in the graph.
     """
     conditions: list[str] = []
-    names: dict[str, Any] = {"missing": MISSING, "plain": plain, "has_hooks": has_hooks}
+    names: dict[str, Any] = {"has_hooks": has_hooks}
     sizes: dict[sympy.Expr, str] = {}
     first: dict[int, int] = {}
     for index, value in enumerate(capture.leaf_values):
@@ -268,7 +282,7 @@ def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list],
         conditions.append(f"(lambda {arguments}: {text})({', '.join(sizes[s] for s in expr.free_symbols)})")
     for number, read in enumerate(capture.reads):
         names[f"read{number}"] = read
-        conditions.append(f"read{number}.same({_module(read.path)}.__dict__.get({read.name!r}, missing))")
+        conditions.append(f"read{number}.same({_module(read.path)})")
     for number, (path, cls) in enumerate(dict(capture.absorbed).items()):
         names[f"class{number}"] = cls
         conditions.append(f"type({_module(path)}) is class{number}")

@@ -80,8 +80,8 @@ def _check_that_it_runs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
             model(*args, **kwargs)
     except Exception as error:
         raise OptimizeError(
-            f"{type(model).__name__} fails on example_inputs: {type(error).__name__}: {error}. "
-            "Pass example_inputs with which model(...) runs"
+            f"{type(model).__name__} fails on example_inputs ({type(error).__name__}: {str(error).rstrip('.')}): "
+            "pass example_inputs with which model(...) runs"
         ) from error
     finally:
         for buffer, value in state:

@@ -25,7 +25,8 @@ import sympy
 import torch
 
 from .canonical import Canonicalizer, Terms, constant
-from .errors import CaptureError, PatternError
+from .errors import PatternError
+from .source import describe_error
 from .symbols import FakeInputs
 from .tracer import Tracer
 
@@ -119,7 +120,8 @@ def pattern(
         for parameter in inspect.signature(function).parameters.values():
             annotation = parameter.annotation
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-                tensors[parameter.name] = annotation.strip("'\"") if isinstance(annotation, str) else None
+                is_dimensions = isinstance(annotation, str) and "Tensor" not in annotation
+                tensors[parameter.name] = annotation.strip("'\"") if is_dimensions else None
             elif parameter.kind is parameter.KEYWORD_ONLY:
                 text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
                 base = text.split("|")[0].strip()
@@ -170,13 +172,16 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
         arguments[name] = constant(parameters[name], _EXAMPLES[kind])
     try:
         graph = Tracer(fakes=fakes).trace_function(pattern.function, arguments)
-    except CaptureError as error:
-        raise PatternError(f"{pattern.name}: not traceable: {error}") from error
+    except Exception as error:
+        raise PatternError(f"{pattern.name}: not traceable: {describe_error(error)}") from error
     terms = Terms("p")
     cuts = {n: parameters[n.target] for n in graph.nodes if n.op == "placeholder"}
     canonical = Canonicalizer(terms, cuts, rounding=False)
     result = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
     outputs = [canonical.value(n) for n in (result if isinstance(result, tuple) else (result,))]
+    for term in terms.terms.values():
+        if term.op == "leaf":
+            raise PatternError(f"{pattern.name}: `{term.attrs[0]}` is nothing that can be matched")
     return Variant(pattern, terms, parameters, outputs, frozenset(absent))
 
 

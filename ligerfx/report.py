@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class Report:
             for miss in self.near_misses:
                 groups.setdefault((miss.pattern, miss.source, miss.reason), []).append(miss.module)
             for (pattern, source, reason), modules in groups.items():
-                table.add_row(pattern, _folded(modules), source, reason)
+                table.add_row(pattern, _folded(modules), Text(source), Text(reason))
             parts.append(table)
         if self.opaque:
             table = Table("module", "why it stays as it is", title="opaque modules", title_justify="left")
@@ -125,7 +126,7 @@ class Report:
             for path, reason in self.opaque.items():
                 groups.setdefault((reason,), []).append(path)
             for (reason,), modules in groups.items():
-                table.add_row(_folded(modules), reason)
+                table.add_row(_folded(modules), Text(reason))
             parts.append(table)
         return Group(*parts)
 
@@ -154,7 +155,7 @@ def _grouped(rewrites: list[Rewrite]) -> Iterator[tuple[str, list[Rewrite]]]:
 
 def _folded(modules) -> str:
     """Module paths with layer numbers folded: `model.layers.*.mlp`."""
-    folded = ((".".join("*" if part.isdigit() else part for part in m.split("."))) or "(model)" for m in modules)
+    folded = (re.sub(r"(?<=\.)\d+", "*", module) or "(model)" for module in modules)
     return "\n".join(f"{name} x{n}" if n > 1 else name for name, n in Counter(folded).items())
 
 

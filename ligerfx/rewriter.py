@@ -18,6 +18,11 @@ def rewrite(graph: Graph, matches: list[Match]) -> None:
     """Replaces each match in `graph` and erases what only it needed."""
     for match in matches:
         _replace(graph, match)
+    tidy(graph)
+
+
+def tidy(graph: Graph) -> None:
+    """Erases what has no effect and no user."""
     for node in reversed(graph.nodes):
         if not node.users and (node.op == "get_attr" or node.target in _PURE):
             graph.erase_node(node)

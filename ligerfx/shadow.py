@@ -21,6 +21,9 @@ _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
 }
 
 
+_CONSTANT = (bool, int, float, str)
+
+
 class LazyFakes(dict):
     """A parameter table that makes each fake when it is first looked up."""
 
@@ -34,14 +37,15 @@ class LazyFakes(dict):
 
 
 def logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
-    """A subclass of `cls` that reports which instance attributes are read. It passes for `cls` by name."""
+    """A subclass of `cls` that reports which attributes are read. It passes for `cls` by name."""
     if cls not in cache:
 
         def __getattribute__(self: nn.Module, name: str) -> Any:
             value = super(logged, self).__getattribute__(name)
-            is_state = not name.startswith("__") and name in object.__getattribute__(self, "__dict__")
-            if is_state and name not in _INTERNAL and not name.endswith("_hooks"):
-                log(self, name, value)
+            if not name.startswith("__") and name not in _INTERNAL and not name.endswith("_hooks"):
+                state = object.__getattribute__(self, "__dict__")
+                if name in state or (isinstance(value, _CONSTANT) and _is_class_constant(cls, name)):
+                    log(self, name, value)
             return value
 
         body = {
@@ -52,6 +56,11 @@ def logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
         logged = type(cls)(cls.__name__, (cls,), body)
         cache[cls] = logged
     return cache[cls]
+
+
+def _is_class_constant(cls: type, name: str) -> bool:
+    """True for a number or string in a class body; a property that gives one is code, not state."""
+    return isinstance(next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None), _CONSTANT)
 
 
 def is_leaf_module(module: nn.Module, cls: type) -> bool:

@@ -54,13 +54,11 @@ def _flatten(value: Any, key: list, leaves: list) -> None:
 
 
 def parameter_names(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> list[str]:
-    """A readable name for each leaf of a call, in the order of `call_key`."""
+    """A readable name for each leaf of a call of an unbound `forward`, in the order of `call_key`."""
     positional = [
         p.name for p in inspect.signature(forward).parameters.values()
         if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
-    if positional and positional[0] == "self":
-        positional = positional[1:]
+    ][1:]  # fmt: skip
     names: list[str] = []
     for index, value in enumerate(args):
         _names(value, positional[index] if index < len(positional) else f"arg{index}", names)

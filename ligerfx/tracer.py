@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .capture import PLAIN, Capture, Read, join, same_structure, snapshot, submodule
+from .capture import PLAIN, Capture, Read, join, same_structure, submodule
 from .clone import clone_tree
 from .errors import CaptureError
 from .leaves import leaf_functions
@@ -341,7 +341,7 @@ class Tracer(TorchFunctionMode):
             if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
                 relative = self._relative(frame, path)
                 if (relative, name) not in frame.reads:
-                    frame.reads[relative, name] = Read(relative, name, value, snapshot(value))
+                    frame.reads[relative, name] = Read(relative, name, value)
                 return
 
     def _call_module(self, shadow: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:

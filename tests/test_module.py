@@ -304,11 +304,20 @@ def test_layer_wrapped_after_optimize(llama, path):
     assert_same(optimised, model, batch(llama))
 
 
-def test_head_replaced_by_another_linear(llama):
+@pytest.mark.parametrize("bias", [True, False])
+def test_head_replaced_by_another_linear(llama, bias):
     optimised, model = both(llama)
-    head = nn.Linear(64, 256)
+    head = nn.Linear(64, 256, bias=bias)
     for m in (optimised, model):
         m.lm_head = head
+    assert_same(optimised, model, batch(llama))
+
+
+def test_bias_added_to_the_head(llama):
+    optimised, model = both(llama)
+    bias = nn.Parameter(torch.randn(256))
+    for m in (optimised, model):
+        m.lm_head.bias = bias
     assert_same(optimised, model, batch(llama))
 
 
@@ -320,15 +329,12 @@ def test_weights_replaced_and_resized(llama):
     assert_same(optimised, model, batch(llama))
 
 
-def test_forward_replaced_on_an_instance(llama):
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp", "model.norm"])
+def test_forward_replaced_on_an_instance(llama, path):
     optimised, model = both(llama)
     for m in (optimised, model):
-        norm = m.model.layers[0].input_layernorm
-        norm.forward = lambda x: x * 0.5
-    assert_same(optimised, model, batch(llama))
-    optimised, model = both(llama)
-    for m in (optimised, model):
-        m.lm_head.forward = (lambda f: lambda x: f(x) * 0.5)(m.lm_head.forward)
+        layer = m.get_submodule(path)
+        layer.forward = (lambda f: lambda x: f(x) * 0.5)(layer.forward)
     assert_same(optimised, model, batch(llama))
 
 

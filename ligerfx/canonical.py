@@ -84,8 +84,14 @@ class Terms:
 
 def normal(expr: sympy.Expr) -> sympy.Expr:
     """One form for algebraically equal expressions: multiplied out, floats rounded beyond fp32 resolution."""
-    expanded = sympy.expand(expr, power_base=False, power_exp=False, log=False)
+    expanded = decimal(sympy.expand(expr, power_base=False, power_exp=False, log=False))
     return expanded.xreplace({f: number(float(f"{float(f):.9g}")) for f in expanded.atoms(sympy.Float)})
+
+
+def decimal(expr: sympy.Expr) -> sympy.Expr:
+    """`expr` with every fraction as a float and every whole float as an integer: one spelling of constants."""
+    constants = {a for a in expr.atoms(sympy.Rational, sympy.Float) if not a.is_Integer}
+    return expr.xreplace({c: number(float(c)) for c in constants}) if constants else expr
 
 
 def number(value: float | int) -> sympy.Expr:
@@ -144,6 +150,11 @@ class Canonicalizer:
         kwargs = tuple((key, attribute(node.kwargs[key])) for key in sorted(node.kwargs))
         return self.term(node, name, (args, kwargs), *operands)
 
+    def take(self, node: Node) -> sympy.Symbol:
+        """From here on, the value of `node` is taken as given."""
+        self._values[node] = self.leaf(node)
+        return self._values[node]
+
     def leaf(self, node: Node) -> sympy.Symbol:
         val = node.meta.get("val")
         return self.terms.symbol("leaf", (node,), (), val.dtype if isinstance(val, torch.Tensor) else None)
@@ -180,6 +191,10 @@ class Canonicalizer:
             return self.widened(expr, source, target)
         exact = expr.is_Symbol and self.terms.dtypes.get(expr) == target
         return expr if exact else self.terms.symbol("round", (target,), [normal(expr)], target)
+
+
+def is_cast(node: Node) -> bool:
+    return _RULES.get(op_name(node) or "") is _cast
 
 
 def op_name(node: Node) -> str | None:
@@ -231,7 +246,9 @@ def _pointwise(*names: str) -> Callable:
             if any(v not in (None, False) for v in kwargs.values()):
                 return None
             operands = [c.operand(node, a) for a in args]
-            return None if None in operands or not node.meta["val"].is_floating_point() else function(*operands)
+            if None in operands or not node.meta["val"].is_floating_point():
+                return None
+            return decimal(function(*operands))
 
         for name in names:
             _RULES[name] = rule
@@ -250,9 +267,9 @@ _pointwise("square")(lambda a: a**2)
 _pointwise("sqrt")(lambda a: a ** sympy.Float(0.5))
 _pointwise("rsqrt")(lambda a: a ** sympy.Float(-0.5))
 _pointwise("reciprocal")(lambda a: 1 / a)
-_pointwise("exp")(sympy.exp)
-_pointwise("tanh")(sympy.tanh)
-_pointwise("erf")(sympy.erf)
+_pointwise("exp")(lambda a: sympy.exp(normal(a)))
+_pointwise("tanh")(lambda a: sympy.tanh(normal(a)))
+_pointwise("erf")(lambda a: sympy.erf(normal(a)))
 _pointwise("cos")(sympy.cos)
 _pointwise("sin")(sympy.sin)
 _pointwise("sigmoid")(lambda a: 1 / (1 + sympy.exp(-a)))
@@ -265,7 +282,7 @@ def _gelu(c: Canonicalizer, node: Node, x: Node, approximate: str = "none") -> s
     a = c.operand(node, x)
     if approximate == "none":
         return a * (1 + sympy.erf(a * number(math.sqrt(0.5)))) * number(0.5)
-    inner = number(math.sqrt(2 / math.pi)) * (a + number(0.044715) * a**3)
+    inner = normal(number(math.sqrt(2 / math.pi)) * (a + number(0.044715) * a**3))
     return a * (1 + sympy.tanh(inner)) * number(0.5)
 
 
@@ -297,7 +314,7 @@ def _reduce(
     if not keepdim:
         out = c.term(node, "squeeze", (dims,), out)
     if op_name(node) == "sum":
-        return out * sympy.Mul(*(expression(source.shape[d]) for d in dims))
+        return decimal(out * sympy.Mul(*(expression(source.shape[d]) for d in dims)))
     return out
 
 
@@ -316,7 +333,7 @@ def _rms_norm(
         return None
     inner = torch.promote_types(val.dtype, torch.float32)
     value = c.value(x)
-    eps = torch.finfo(val.dtype).eps if eps is None else eps
+    eps = torch.finfo(inner).eps if eps is None else eps  # what torch computes with, whatever its docs say
     mean = c.terms.symbol("mean", ((-1,),), [normal(c.widened(value, val.dtype, inner) ** 2)], inner)
     value = c.widened(value, val.dtype, inner) * (mean + number(eps)) ** sympy.Float(-0.5)
     if weight is not None:
@@ -431,6 +448,7 @@ def _piece(c: Canonicalizer, node: Node, pieces: Node, index: int) -> sympy.Expr
 @_rule("narrow")
 def _narrow(c: Canonicalizer, node: Node, x: Node, dim: int, start: Any, length: Any) -> sympy.Expr:
     val = x.meta["val"]
+    start, length = (n.meta["val"] if isinstance(n, Node) else n for n in (start, length))
     return _slice(c, node, c.value(x), val.shape[dim], dim % val.ndim - val.ndim, start, start + length)
 
 
@@ -454,6 +472,11 @@ def _reshape(c: Canonicalizer, node: Node, x: Node, *args: Any, **kwargs: Any) -
     shape = tuple(expression(s) for s in node.meta["val"].shape)
     if shape == tuple(expression(s) for s in x.meta["val"].shape):
         return c.value(x)
+    source = x
+    while _RULES.get(op_name(source) or "") is _reshape:  # a chain of views is what its end looks like
+        source = source.args[0]
+        if shape == tuple(expression(s) for s in source.meta["val"].shape):
+            return c.value(source)
     value = c.value(x)
     term = c.terms.terms.get(value)
     return c.term(node, "reshape", (shape,), term.args[0] if term is not None and term.op == "reshape" else value)

@@ -65,7 +65,7 @@ class Capture:
     reads: list[Read] = dataclasses.field(default_factory=list)
     guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
     children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
-    absorbed: list[tuple[str, type]] = dataclasses.field(default_factory=list)  # modules without a call of their own
+    absorbed: dict[str, type] = dataclasses.field(default_factory=dict)  # modules without a call of their own
     grad_enabled: bool | None = None  # where forward itself switches the grad mode
     error: str | None = None
     output: Any = None
@@ -101,6 +101,21 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except (RuntimeError, ValueError):  # tensors inside, which have no single answer
         return False
+
+
+def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...]) -> bool:
+    """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else."""
+    return (
+        type(module) is cls
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+        and present_parameters(module) == parameters
+    )
+
+
+def present_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters that a module has (a linear layer may have no bias)."""
+    return tuple(name for name, value in module._parameters.items() if value is not None)
 
 
 def has_hooks(module: nn.Module) -> bool:

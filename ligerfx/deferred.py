@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,15 +57,16 @@ class DeferredTensor(torch.Tensor):
     def materialize(self) -> torch.Tensor:
         """The ordinary tensor that this one stands for."""
         with torch._C.DisableTorchFunctionSubclass():
-            needs_graph = self.requires_grad and torch.is_grad_enabled()
-            if self._value is None or (needs_graph and not self._value.requires_grad):
+            if self._value is None:
                 for tensor, version in self._needs:
                     if tensor._version != version:
                         raise RuntimeError(
                             "the logits of this output were deferred, and the model's weights have changed since "
                             "(an optimiser step?). Read outputs.logits before the weights change."
                         )
-                self._value = self._compute()
+                # As if computed at once: with a graph if gradients were on then, whoever looks now.
+                with torch.set_grad_enabled(self.requires_grad):
+                    self._value = self._compute()
             return self._value
 
     @classmethod
@@ -135,18 +137,25 @@ def deferred_logits(
         A `DeferredTensor` [..., V].
     """
 
-    def compute() -> torch.Tensor:
-        logits = F.linear(x, weight, bias)
-        if scale != 1.0:
-            logits = logits * scale
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        return logits
-
     from .kernels._runtime import autocast_dtype  # imports Triton, which `import ligerfx` must not
 
     inputs = [t for t in (x, weight, bias) if t is not None]
-    dtype = autocast_dtype(x.device.type) or x.dtype
+    device = x.device.type
+    autocast = autocast_dtype(device)
+    dtype = autocast or x.dtype
+
+    def compute() -> torch.Tensor:
+        mode: Any = contextlib.nullcontext()
+        if torch.amp.is_autocast_available(device):
+            mode = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
+        with mode:
+            logits = F.linear(x, weight, bias)
+            if scale != 1.0:
+                logits = logits * scale
+            if softcap is not None:
+                logits = torch.tanh(logits / softcap) * softcap
+            return logits
+
     requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return DeferredTensor.make(
         compute,

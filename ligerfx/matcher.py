@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, normal, number, op_name
+from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cast, normal, number, op_name
 from .errors import CaptureError
 from .pattern import Pattern, Variant, check_dimensions
 from .symbols import FakeInputs
@@ -66,6 +66,35 @@ class _Fail(Exception):
 Bindings = dict[sympy.Symbol, sympy.Expr]
 
 
+class _View:
+    """The canonical values of a graph, casts and roundings left out.
+
+    With `cut`, arithmetic whose result is used more than once is taken as given: an input of the idiom may
+    itself be a sum or a product, which would otherwise be multiplied out with the rest.
+    """
+
+    def __init__(self, graph: Graph, cut: bool = False) -> None:
+        self.terms = Terms()
+        self.values: dict[Node, sympy.Expr] = {}
+        self.nodes_of: dict[sympy.Expr, list[Node]] = {}
+        self.cuts: dict[Node, sympy.Symbol] = {}
+        self.computed: dict[Node, sympy.Expr] = {}  # the same, but for the node itself, which is not cut
+        canonical = Canonicalizer(self.terms, rounding=False)
+        for node in graph.nodes:
+            if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            value = self.computed[node] = canonical.value(node)
+            if cut and not value.is_Symbol and not is_cast(node) and _uses(node) > 1:
+                value = self.cuts[node] = canonical.take(node)
+            self.values[node] = value
+            self.nodes_of.setdefault(value, []).append(node)
+
+
+def _uses(node: Node) -> int:
+    """How often a value is used, casts of it aside."""
+    return sum(_uses(user) if is_cast(user) else 1 for user in node.users)
+
+
 class Matcher:
     """Matches patterns against one graph."""
 
@@ -73,42 +102,41 @@ class Matcher:
         self.graph = graph
         self.fakes = fakes
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.terms = Terms()
-        canonical = Canonicalizer(self.terms, rounding=False)
-        self.values: dict[Node, sympy.Expr] = {}
-        self.nodes_of: dict[sympy.Expr, list[Node]] = {}
-        for node in graph.nodes:
-            if node.op != "output" and isinstance(node.meta.get("val"), torch.Tensor):
-                value = self.values[node] = canonical.value(node)
-                self.nodes_of.setdefault(value, []).append(node)
+        self.view = _View(graph)
+        cut = _View(graph, cut=True)
+        self.views = [self.view, cut] if cut.cuts else [self.view]
 
     def find(self, patterns: Iterable[Pattern]) -> tuple[list[Match], list[NearMiss]]:
-        """All matches, none overlapping, earlier patterns first, and the best near miss at each other place."""
-        matches: list[Match] = []
+        """Matches that do not overlap, those that cover most first, and the best near miss at each other place."""
+        candidates: list[tuple[int, int, int, Match]] = []
         misses: dict[Node, NearMiss] = {}
-        taken: set[Node] = set()
-        for pattern in patterns:
-            for root in reversed(self.values):
-                if root in taken or root.op in ("placeholder", "get_attr"):
+        for rank, pattern in enumerate(patterns):
+            for root in reversed(self.view.values):
+                if root.op in ("placeholder", "get_attr"):
                     continue
-                match = self._match_at(pattern, root, taken, misses)
+                match = self._match_at(pattern, root, misses)
                 if match is not None:
-                    matches.append(match)
-                    taken |= match.interior
-        return matches, _best(misses, taken, self.values)
+                    candidates.append((-len(match.interior), rank, -self.order[root], match))
+        matches: list[Match] = []
+        taken: set[Node] = set()
+        for *_, match in sorted(candidates, key=lambda c: c[:3]):
+            if not match.interior & taken:
+                matches.append(match)
+                taken |= match.interior
+        return matches, _best(misses, taken, self.view.values)
 
-    def _match_at(self, pattern: Pattern, root: Node, taken: set[Node], misses: dict[Node, NearMiss]) -> Match | None:
-        for variant in pattern.variants:
-            unifier = _Unifier(variant, self)
+    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, NearMiss]) -> Match | None:
+        for variant, view in itertools.product(pattern.variants, self.views):
+            unifier = _Unifier(variant, view)
             first = variant.search_order[0]
-            for bindings in unifier.unify(variant.outputs[first], self.values[root], {}):
+            for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
                 for match in self._prove(variant, {first: root}, bindings, unifier):
-                    problem = self._obstacle(match, taken)
+                    problem = self._obstacle(match)
                     if problem is None:
                         return match
                     unifier.note(OBSTRUCTED, problem)
             if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
-                misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share, unifier._size)
+                misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share, unifier.size)
         return None
 
     def _prove(
@@ -119,10 +147,11 @@ class Matcher:
         cone = self._cone(roots.values())
         missing = next((i for i in variant.search_order if i not in roots), None)
         if missing is not None and any(s not in bindings for s in variant.parameters_in(variant.outputs[missing])):
-            for root in reversed(self.values):
+            values = unifier.view.computed
+            for root in reversed(values):
                 if root in cone or root.op in ("placeholder", "get_attr"):
                     continue
-                for more in unifier.unify(variant.outputs[missing], self.values[root], bindings):
+                for more in unifier.unify(variant.outputs[missing], values[root], bindings):
                     yield from self._prove(variant, {**roots, missing: root}, more, unifier)
             return
         names = {s: n for n, s in variant.parameters.items()}
@@ -133,7 +162,7 @@ class Matcher:
             if variant.kinds[symbol] == "constant":
                 constants[name] = _python_constant(value, variant.pattern.constants[name])
             else:
-                nodes = [n for n in self.nodes_of[value] if n in cone]
+                nodes = [n for n in unifier.view.nodes_of[value] if n in cone]
                 candidates.append([(name, n) for n in nodes])
         for choice in itertools.product(*candidates):
             inputs = dict(choice)
@@ -181,7 +210,7 @@ class Matcher:
         outputs: list[Node] = []
         for position, want in enumerate(results):
             wanted = normal(expected.value(want))
-            computed = [n for n in self.values if n.op not in ("placeholder", "get_attr")]
+            computed = [n for n in self.view.values if n.op not in ("placeholder", "get_attr")]
             nodes = [roots[position]] if position in roots else computed
             node = next((n for n in nodes if _same_type(n, want) and normal(found.value(n)) == wanted), None)
             if node is None:
@@ -214,10 +243,8 @@ class Matcher:
             pending += node.meta.get("parameters", {}).values()
         return seen
 
-    def _obstacle(self, match: Match, taken: set[Node]) -> str | None:
+    def _obstacle(self, match: Match) -> str | None:
         """Why a proved match cannot be rewritten, None where it can."""
-        if match.interior & taken:
-            return "part of it belongs to another rewrite"
         outputs = set(match.outputs)
         for node in sorted(match.interior, key=self.order.__getitem__):
             if _mutates(node):
@@ -229,10 +256,12 @@ class Matcher:
                     where = f" at {user.meta['source']}" if "source" in user.meta else ""
                     return f"`{node}` has a second user, `{user}`{where}"
         last_input = max(self.order[n] for n in match.inputs.values())
-        for output in match.outputs:
-            for user in output.users:
-                if user not in match.interior and self.order[user] < last_input:
-                    return f"`{output}` is used before the last input is there"
+        before_inputs = self._cone(match.inputs.values())
+        kept = [n for n in match.interior if n in outputs or self._follows_from(n, outputs, match.interior)]
+        for node in sorted(kept, key=self.order.__getitem__):
+            outside = [user for user in node.users if user not in match.interior]
+            if node in before_inputs or any(self.order[user] < last_input for user in outside):
+                return f"`{node}` is used before the last input is there"
         for node in match.inputs.values():
             for user in node.users:
                 if _mutates(user):
@@ -248,12 +277,12 @@ class Matcher:
 class _Unifier:
     """Binds a pattern variant's parameters so that its canonical value becomes a given one."""
 
-    def __init__(self, variant: Variant, matcher: Matcher) -> None:
+    def __init__(self, variant: Variant, view: _View) -> None:
         self.variant = variant
-        self.matcher = matcher
+        self.view = view
         self.share = 0.0
         self.reason = ""
-        self._size = _size(variant.outputs[variant.search_order[0]], variant.terms)
+        self.size = _size(variant.outputs[variant.search_order[0]], variant.terms)
         self._done = 0
 
     def note(self, share: float, reason: str | Callable[[], str]) -> None:
@@ -264,12 +293,15 @@ class _Unifier:
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
         self.note(
             self._progress,
-            lambda: f"expected {self._expected(expected)}, found {describe(found, self.matcher.terms)}",
+            lambda: f"expected {self._expected(expected)}, found {self._found(found)}",
         )
+
+    def _found(self, value: sympy.Expr) -> str:
+        return describe(value, self.view.terms)
 
     @property
     def _progress(self) -> float:
-        return min(self._done / self._size, 0.99)
+        return min(self._done / self.size, 0.99)
 
     def _expected(self, value: sympy.Expr) -> str:
         return describe(value, self.variant.terms)
@@ -281,10 +313,13 @@ class _Unifier:
             if bound[p] == t or (t.is_number and _close(bound[p], t)):
                 yield bound
             else:
-                self._fail(p, t)
+                self.note(self._progress, lambda: f"expected {p} = {self._found(bound[p])}, found {self._found(t)}")
         elif kind == "tensor":
-            if t in self.matcher.nodes_of:
+            if t in self.view.nodes_of:
                 yield {**bound, p: t}
+            else:
+                share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
+                self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes")
         elif self._is_constant(p):
             yield from self._unify_number(p, t, bound)
         elif p.is_Symbol:
@@ -319,7 +354,7 @@ class _Unifier:
             name = f"{p}: " if p in self.variant.kinds else ""
             self.note(
                 self._progress,
-                lambda: f"{name}expected a constant, found {describe(t, self.matcher.terms)}",
+                lambda: f"{name}expected a constant, found {self._found(t)}",
             )
             return
         p = p.subs({s: v for s, v in bound.items() if s in p.free_symbols})
@@ -337,12 +372,16 @@ class _Unifier:
 
     def _unify_term(self, p: sympy.Symbol, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         want = self.variant.terms.terms[p]
-        have = self.matcher.terms.terms.get(t)
+        have = self.view.terms.terms.get(t)
         if want.op in SIZED and (have is None or have.op != want.op):
             yield from self.unify(want.args[0], t, bound)  # sizes are compared when the match is proved
             return
-        if have is None or have.op != want.op or len(have.args) != len(want.args):
+        if have is None or have.op != want.op:
             self._fail(p, t)
+            return
+        if len(have.args) != len(want.args):
+            count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
+            self.note(max(self._progress, NEARLY + 0.1), count)
             return
         attrs = want.attrs[: SIZED.get(want.op, len(want.attrs))]
         for name_value, found in zip(attrs, have.attrs, strict=False):
@@ -375,21 +414,52 @@ class _Unifier:
         func = p.func
         want_constant, want = _split(p, func, self._is_constant)
         have_constant, have = _split(t, func, lambda e: e.is_number)
+        if len(want) == 1 and want_constant.is_number and self.variant.kinds.get(want[0]) == "tensor":
+            value = func(*have) if t.func == func or p.is_Mul else t
+            if not _close(want_constant, have_constant):
+                value = decimal(t / want_constant if p.is_Mul else t - want_constant)
+            yield from self._counted(self.unify(want[0], value, bound))
+            return
         if t.func != func and not (p.is_Mul and len(want) == 1):
             self._fail(p, t)
             return
         want.sort(key=self._specificity)
+        if want_constant.is_number and not _close(want_constant, have_constant):
+            # What is over may belong to a parameter: `silu(gate) * (2 * up)`.
+            over = decimal(have_constant / want_constant if p.is_Mul else have_constant - want_constant)
+            have, want_constant, have_constant = [over, *have], sympy.Integer(0), sympy.Integer(0)
+        if want_constant in self.variant.kinds and have_constant == func.identity and len(have) > len(want):
+            alike = self._ops(want, self.variant.terms) & self._ops(have, self.view.terms)
+            self.note(
+                0.9 if alike else self._progress,
+                lambda: f"{want_constant}: expected a constant, found none in {self._found(t)}",
+            )
+            return
         for more in self._unify_number(want_constant, have_constant, bound):
             yield from self._counted(self._assign(want, have, func, more))
 
+    def _ops(self, values: list, terms: Terms) -> set[str]:
+        return {terms.terms[v].op for v in values if v in terms.terms}
+
     def _assign(self, want: list, have: list, func: Any, bound: Bindings) -> Iterator[Bindings]:
+        known = [a for a in want if a in bound and self.variant.kinds.get(a) == "tensor"]
+        if known:
+            # Bound parameters are divided out (or subtracted): they may themselves be sums and products.
+            whole, part = func(*have), func(*(bound[a] for a in known))
+            rest = decimal(whole / part if func is sympy.Mul else whole - part)
+            if rest.count_ops() >= max(whole.count_ops(), 1):
+                names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
+                self.note(self._progress, lambda: f"expected {names}, found {self._found(whole)}")
+                return
+            want = [a for a in want if a not in known]
+            have = [] if rest == func.identity else list(rest.args) if rest.func is func else [rest]
         if not want:
             if not have:
                 yield bound
             else:
                 self.note(
                     self._progress,
-                    lambda: f"found {describe(func(*have), self.matcher.terms)} besides",
+                    lambda: f"found {self._found(func(*have))} besides",
                 )
             return
         p, *rest = want
@@ -481,7 +551,9 @@ def _best(misses: dict[Node, NearMiss], taken: set[Node], values: dict[Node, sym
     covered = taken | {n for n, value in values.items() if any(values.get(t) == value for t in taken)}
     for miss in sorted(misses.values(), key=lambda m: -m.share):
         place = _neighbourhood(miss.node, miss.reach)
-        if not place & covered:
+        told = any(k.pattern is miss.pattern and k.reason == miss.reason for k in kept)
+        pair = len(miss.pattern.variants[0].outputs) > 1  # its outputs alone look alike
+        if not place & covered and not (pair and told):
             kept.append(miss)
             covered |= place
     return kept

@@ -21,7 +21,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.utils._sympy.printers import PythonPrinter
 
-from .capture import Capture, has_hooks, same_structure
+from .capture import Capture, same_structure, stands_for
 from .errors import CaptureError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
@@ -61,7 +61,8 @@ class Session:
     def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
         """Matches and rewrites the graph of a capture, which it changes."""
         try:
-            guard = _guard(capture, absorbed=[])
+            inside: dict[str, tuple] = {path: (cls, ()) for path, cls in capture.absorbed.items()}
+            guard = _guard(capture, inside)
         except CaptureError as error:
             capture.error = capture.error or str(error)
         if capture.error:
@@ -69,8 +70,9 @@ class Session:
         matches, near = Matcher(capture.graph, fakes).find(self.patterns)
         program = Program(capture, guard, matches, near)
         if matches:
-            absorbed = [n.target for m in matches for n in m.interior if n.op == "call_module"]
-            program.guard = _guard(capture, absorbed)
+            layers = [n for m in matches for n in m.interior if n.op == "call_module"]
+            inside |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
+            program.guard = _guard(capture, inside)
             rewrite(capture.graph, matches)
         else:
             tidy(capture.graph)
@@ -242,14 +244,14 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
     return namespace["forward"], source.src
 
 
-def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list], bool]:
+def _guard(capture: Capture, inside: dict[str, tuple[type, tuple]]) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether the capture serves a call with the same key.
 
     Checked are the sizes of tensors that the graph itself works on, numbers that the model computed with,
     attributes that its Python code read, and the modules that have no call of their own in the graph.
     """
     conditions: list[str] = []
-    names: dict[str, Any] = {"has_hooks": has_hooks}
+    names: dict[str, Any] = {"stands_for": stands_for}
     sizes: dict[sympy.Expr, str] = {}
     first: dict[int, int] = {}
     for index, value in enumerate(capture.leaf_values):
@@ -283,12 +285,9 @@ def _guard(capture: Capture, absorbed: list[str]) -> Callable[[nn.Module, list],
     for number, read in enumerate(capture.reads):
         names[f"read{number}"] = read
         conditions.append(f"read{number}.same({_module(read.path)})")
-    for number, (path, cls) in enumerate(dict(capture.absorbed).items()):
+    for number, (path, (cls, parameters)) in enumerate(inside.items()):
         names[f"class{number}"] = cls
-        conditions.append(f"type({_module(path)}) is class{number}")
-    names["Linear"] = nn.Linear
-    for path in absorbed:
-        conditions.append(f"type({_module(path)}) is Linear and not has_hooks({_module(path)})")
+        conditions.append(f"stands_for({_module(path)}, class{number}, {parameters})")
     return eval(f"lambda m, x: {' and '.join(conditions) or True}", names)
 
 

@@ -16,8 +16,10 @@ from .matcher import Match
 
 def rewrite(graph: Graph, matches: list[Match]) -> None:
     """Replaces each match in `graph` and erases what only it needed."""
+    replaced: dict[Node, Node] = {}  # an output of one match may be an input of the next
     for match in matches:
-        _replace(graph, match)
+        match.inputs = {name: replaced.get(node, node) for name, node in match.inputs.items()}
+        replaced |= _replace(graph, match)
     tidy(graph)
 
 
@@ -32,28 +34,39 @@ def tidy(graph: Graph) -> None:
 _PURE = (operator.getitem, getattr, "size", deferred_logits)
 
 
-def _replace(graph: Graph, match: Match) -> None:
-    with graph.inserting_before(_insertion_point(graph, match)):
+def _replace(graph: Graph, match: Match) -> dict[Node, Node]:
+    """Puts the replacement before the first use of what the match computes. What merely follows from an output
+    (a view of it, say) and is used elsewhere stays, and moves behind the new nodes."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    outputs = set(match.outputs)
+    inside = sorted(match.interior, key=order.__getitem__)
+    kept: list[Node] = []
+    for node in reversed(inside):
+        if node not in outputs and any(user not in match.interior or user in kept for user in node.users):
+            kept.append(node)
+    kept.reverse()
+    point = min(
+        (user for node in (*outputs, *kept) for user in node.users if user not in match.interior),
+        key=order.__getitem__,
+    )
+    with graph.inserting_before(point):
         targets = match.pattern.replace
-        if callable(targets):
-            call = _call(graph, targets, match, match.outputs[0])
-            new = [call] if len(match.outputs) == 1 else [
-                graph.call_function(operator.getitem, (call, i)) for i in range(len(match.outputs))
-            ]  # fmt: skip
-        else:
+        if not callable(targets):
             new = [_call(graph, t, match, out) for t, out in zip(targets, match.outputs, strict=True)]
-    for old, node in zip(match.outputs, new, strict=True):
+        else:
+            new = [_call(graph, targets, match, match.outputs[0])]
+            if len(match.outputs) > 1:
+                new = [graph.call_function(operator.getitem, (new[0], i)) for i in range(len(match.outputs))]
+    replaced = dict(zip(match.outputs, new, strict=True))
+    for old, node in replaced.items():
         node.meta.setdefault("val", old.meta["val"])
-        old.replace_all_uses_with(node, delete_user_cb=lambda user, made=tuple(new): user not in made)
-    for node in sorted(match.interior, key=list(graph.nodes).index, reverse=True):
-        if not node.users:
+        old.replace_all_uses_with(node, delete_user_cb=lambda user: user not in new)
+    for node in kept:
+        point.prepend(node)
+    for node in reversed(inside):
+        if not node.users and node not in kept:
             graph.erase_node(node)
-
-
-def _insertion_point(graph: Graph, match: Match) -> Node:
-    """The first use of an output outside the match; every input is there by then."""
-    users = {u for out in match.outputs for u in out.users if u not in match.interior}
-    return next(n for n in graph.nodes if n in users)
+    return replaced
 
 
 def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:

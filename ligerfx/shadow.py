@@ -36,8 +36,8 @@ class LazyFakes(dict):
         return value if value is None else self._fake(value)
 
 
-def logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
-    """A subclass of `cls` that reports which attributes are read. It passes for `cls` by name."""
+def logged_class(cls: type, log: Callable, log_write: Callable, cache: dict[type, type]) -> type:
+    """A subclass of `cls` that reports which attributes are read and set. It passes for `cls` by name."""
     if cls not in cache:
 
         def __getattribute__(self: nn.Module, name: str) -> Any:
@@ -48,8 +48,13 @@ def logged_class(cls: type, log: Callable, cache: dict[type, type]) -> type:
                     log(self, name, value)
             return value
 
+        def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+            log_write(self, name)
+            super(logged, self).__setattr__(name, value)
+
         body = {
             "__getattribute__": __getattribute__,
+            "__setattr__": __setattr__,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
         }
@@ -68,12 +73,15 @@ def is_leaf_module(module: nn.Module, cls: type) -> bool:
     and modules whose forward was replaced on the instance."""
     if "forward" in vars(module) or isinstance(module, nn.Linear):
         return True
+    if not module._parameters and not module._modules and has_hooks(module):
+        return True
     return cls.__module__.split(".")[0] == "torch" and cls not in (nn.RMSNorm, nn.Sequential)
 
 
 def owns_nothing(module: nn.Module) -> bool:
     """True for activation functions and the like, which have no parameters, buffers or children."""
-    return not module._parameters and not module._buffers and not module._modules and "forward" not in vars(module)
+    owns = module._parameters or module._buffers or module._modules
+    return not owns and "forward" not in vars(module) and not has_hooks(module)
 
 
 def exposes_parameters(module: nn.Module) -> bool:

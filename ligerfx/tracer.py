@@ -42,6 +42,9 @@ _REFLECTED_OPERATORS: dict[str, Callable] = {
     "__rpow__": operator.pow, "__rfloordiv__": operator.floordiv,
 }  # fmt: skip
 _GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
+_COUNTING = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "__iter__", "squeeze"}
+"""Operations for which a size decides how many tensors they give, or of what rank: their guards count."""
+_MEASURING = {"size", "numel", "nelement", "__len__", "stride"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
 
 
@@ -54,6 +57,7 @@ class _Frame:
         self.graph = capture.graph
         self.known: dict[int, Any] = {}  # id(value) -> node, or a function that makes it
         self.alive: list[Any] = []  # keeps ids valid
+        self.measured: list[torch.Tensor] = []  # tensors whose sizes Python code looked at
         self.stand_ins: dict[int, Any] = {}  # id(foreign object) -> what the module sees in its place
         self.sizes: dict[sympy.Expr, Any] = {}
         self.entry_mode = _mode()
@@ -116,7 +120,9 @@ class Tracer(TorchFunctionMode):
         shadows: dict[int, nn.Module] = {}
         logged: dict[type, type] = {}
         shadow_root = clone_tree(
-            self.root, lambda m: logged_class(self.original_class(m), self._log_read, logged), shadows
+            self.root,
+            lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, logged),
+            shadows,
         )
         for real_id, real in {id(m): m for m in self.root.modules()}.items():
             self._prepare(shadows[real_id], real)
@@ -186,15 +192,18 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, tensor_types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         if self.paused or not self.frames:
-            if self.guessing and getattr(func, "__name__", "") in _GUESSES:
-                return _GUESSES[func.__name__]
-            return func(*args, **kwargs)
+            return _GUESSES[name] if self.guessing and name in _GUESSES else func(*args, **kwargs)
+        if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
+            self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
         # real tensors, at run time. Guards raised by the model's own Python are kept.
-        with self.fakes.shape_env.suppress_guards():
+        if name in _COUNTING:
             out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        else:
+            with self.fakes.shape_env.suppress_guards():
+                out = func(*args, **kwargs)
         in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
         if not in_place and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
             return out
@@ -333,6 +342,11 @@ class Tracer(TorchFunctionMode):
         finally:
             self.paused, self.guessing = before
 
+    def _log_write(self, shadow: nn.Module, name: str) -> None:
+        """A graph has no side effects: a module whose forward sets an attribute runs as it is."""
+        if not self.paused and self.frames and id(shadow) in self._paths:
+            self.frames[-1].fail(f"forward sets the attribute {name!r} of {self._paths[id(shadow)] or 'the model'!r}")
+
     def _log_read(self, shadow: nn.Module, name: str, value: Any) -> None:
         path = self._paths.get(id(shadow))
         if self.paused or path is None or isinstance(value, nn.Module):
@@ -351,7 +365,7 @@ class Tracer(TorchFunctionMode):
         real = self._real[id(shadow)]
         cls = self.original_class(real)
         if self.frames and owns_nothing(real):
-            self.frames[-1].capture.absorbed.append((self._relative(self.frames[-1], path), type(real)))
+            self.frames[-1].capture.absorbed[self._relative(self.frames[-1], path)] = type(real)
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self._pause():
@@ -447,8 +461,10 @@ class Tracer(TorchFunctionMode):
                 frame.graph.output(self._output_arg(frame, out))
             except CaptureError as error:
                 frame.fail(str(error))
+        measured = self._measured_nodes(frame)
         for index, node in enumerate(placeholders):
-            if all(user.op == "call_module" or "leaf" in user.meta for user in node.users):
+            only_passed = all(user.op == "call_module" or "leaf" in user.meta for user in node.users)
+            if only_passed and node not in measured:
                 capture.passed_on.add(index)
             if node.users:
                 capture.leaves.append(index)
@@ -457,6 +473,17 @@ class Tracer(TorchFunctionMode):
         for node in reversed(frame.graph.nodes):  # size nodes that served an expression made another way
             if node.target == "size" and not node.users:
                 frame.graph.erase_node(node)
+
+    def _measured_nodes(self, frame: _Frame) -> set[torch.fx.Node]:
+        """The nodes on which the sizes that Python code looked at may depend."""
+        found: set[torch.fx.Node] = set()
+        pending = [frame.known.get(id(tensor)) for tensor in frame.measured]
+        while pending:
+            node = pending.pop()
+            if isinstance(node, torch.fx.Node) and node not in found:
+                found.add(node)
+                pending += node.all_input_nodes
+        return found
 
     def _output_arg(self, frame: _Frame, value: Any) -> Any:
         if frame.node_of(value) is None and dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -19,7 +19,11 @@ def _loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), target.reshape(-1), **options)
 
 
-@pattern(replace=(linear_cross_entropy, deferred_logits), idioms=["linear_cross_entropy"])
+def _applies(*, reduction: str, **_) -> str | None:
+    return None if reduction in ("mean", "sum") else f"reduction {reduction!r}: the kernel sums or averages"
+
+
+@pattern(replace=(linear_cross_entropy, deferred_logits), idioms=["linear_cross_entropy"], when=_applies)
 def logits_loss(
     x: "... H", weight: "V H", target: "int ...", bias: "V" = None,
     *, softcap: float | None = None, scale: float, ignore_index: int, reduction: str, label_smoothing: float,
@@ -31,7 +35,7 @@ def logits_loss(
     return loss, logits
 
 
-@pattern(replace=cross_entropy, idioms=["cross_entropy"])
+@pattern(replace=cross_entropy, idioms=["cross_entropy"], when=_applies)
 def loss_of_logits(logits: "... V", target: "int ...", *, ignore_index: int, reduction: str, label_smoothing: float):
     return _loss(logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
 

@@ -93,9 +93,10 @@ def test_spelling(optimise, kind, activation, rtol):
     optimise(Function(lambda g, u: activation(g) * u), pair(2, 3), [f"{kind}_glu"], others=others, rtol=rtol)
 
 
-@spellings
-def test_order_swapped(optimise, kind, activation, rtol):
-    optimise(Function(lambda g, u: torch.mul(u, activation(g))), pair(2, 3), [f"{kind}_glu"], rtol=rtol)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_order_swapped(optimise, kind):
+    activation, _ = ACTIVATIONS[kind]["functional"]
+    optimise(Function(lambda g, u: torch.mul(u, activation(g))), pair(2, 3), [f"{kind}_glu"])
 
 
 @spellings
@@ -104,8 +105,7 @@ def test_packed(optimise, kind, activation, rtol):
         gate, up = gate_up.chunk(2, dim=-1)
         return up * activation(gate)
 
-    others = [packed(1, 1), packed(4, 5)]
-    optimise(Function(function), packed(2, 3), [f"packed_{kind}_glu"], others=others, rtol=rtol)
+    optimise(Function(function), packed(2, 3), [f"packed_{kind}_glu"], others=[packed(1, 1)], rtol=rtol)
 
 
 def chunk(x):
@@ -239,8 +239,8 @@ def test_in_the_interpreter(optimise, monkeypatch):
 # -- what must not match -------------------------------------------------------------------------------------
 
 NEVER = {
-    "quick gelu": (lambda g, u: g * torch.sigmoid(1.702 * g) * u, "silu_glu", "found -1.702"),
-    "swapped sign": (lambda g, u: g * torch.sigmoid(-g) * u, "silu_glu", "expected -1, found 1"),
+    "quick gelu": (lambda g, u: g * torch.sigmoid(1.702 * g) * u, "silu_glu", "gate = 1.702*"),
+    "swapped sign": (lambda g, u: g * torch.sigmoid(-g) * u, "silu_glu", "gate = -"),
     "sum": (lambda g, u: F.silu(g) + u, None, None),
     "difference": (lambda g, u: F.silu(g) - u, None, None),
     "quotient": (lambda g, u: F.silu(g) / u, None, None),

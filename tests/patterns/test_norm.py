@@ -233,10 +233,9 @@ CAST_POSITIONS = {
 IN_FP32 = {function: ONE_PLUS if "gemma" in function.__name__ else ROUNDED for function in CAST_POSITIONS}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("function", CAST_POSITIONS, ids=lambda f: f.__name__)
-def test_cast_position_decides(optimise, function, dtype):
-    expected = CAST_POSITIONS[function]
+def test_cast_position_decides(optimise, function):
+    dtype, expected = torch.bfloat16, CAST_POSITIONS[function]
     report = optimise(Norm(function, dtype=dtype), inputs(2, 3, dtype=dtype), [expected] if expected else [])
     if expected is None:
         (miss,) = report.near_misses
@@ -376,9 +375,9 @@ NEVER = {
     "fourth root": (with_variance(lambda x: x.pow(2).mean(-1, True), lambda v: v**-0.25), "found -0.25"),
     "layer norm": (layer_norm, "expected mean(x**2, (-1)), found var"),
     "variance of a half": (
-        with_variance(lambda x: x[..., : H // 2].pow(2).mean(-1, True)), "found slice(x, -1, 0, 4)",
+        with_variance(lambda x: x[..., : H // 2].pow(2).mean(-1, True)), "x = slice(x, -1, 0, 4)",
     ),
-    "variance of something else": (with_variance(lambda x: x.flip(-1).pow(2).mean(-1, True)), "found flip"),
+    "variance of something else": (with_variance(lambda x: x.flip(-1).pow(2).mean(-1, True)), "x = flip"),
     "eps is a tensor": (eps_is_a_tensor, "eps: expected a constant"),
 }  # fmt: skip
 

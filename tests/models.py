@@ -1,7 +1,7 @@
 """Small random causal LMs of every family that ligerfx is tested on, batches for them, and what to expect.
 
-    model = make("gemma2", dtype=torch.bfloat16)
-    loss = model(**batch(model, padding="left")).loss
+model = make("gemma2", dtype=torch.bfloat16)
+loss = model(**batch(model, padding="left")).loss
 """
 
 from collections.abc import Iterator

@@ -29,9 +29,7 @@ def _outputs_and_grads(function, inputs, upstream=None):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if upstream is None:
         upstream = [torch.randn_like(o) if o.dim() else torch.ones_like(o) for o in outputs]
-    grads = torch.autograd.grad(
-        outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-    )
+    grads = torch.autograd.grad(outputs, leaves, [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)])
     return [o.detach() for o in outputs] + list(grads), upstream
 
 
@@ -77,9 +75,7 @@ def test_glu(activation, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "heads, kv_heads, width, rotated", [(32, 8, 128, 128), (32, 32, 80, 32), (9, 3, 64, 64)]
-)
+@pytest.mark.parametrize("heads, kv_heads, width, rotated", [(32, 8, 128, 128), (32, 32, 80, 32), (9, 3, 64, 64)])
 def test_rope(heads, kv_heads, width, rotated, dtype):
     angle = _randn(1, 1, 500, rotated // 2).repeat(1, 1, 1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -125,9 +121,7 @@ def test_linear_cross_entropy(with_bias, budget, options, dtype):
     def bind(function):
         return lambda x, w, b=None: function(x, w, target, b, logits_budget=budget, **options)
 
-    _assert_as_accurate(
-        bind(kernels.linear_cross_entropy), bind(kernels.linear_cross_entropy_reference), inputs
-    )
+    _assert_as_accurate(bind(kernels.linear_cross_entropy), bind(kernels.linear_cross_entropy_reference), inputs)
 
 
 def _peak(function):
@@ -159,8 +153,7 @@ def test_linear_cross_entropy_memory():
     x.grad = weight.grad = None
     with torch.no_grad():
         assert (
-            _peak(lambda: kernels.linear_cross_entropy(x, weight, target, logits_budget=budget))
-            <= budget + 8 * 2**20
+            _peak(lambda: kernels.linear_cross_entropy(x, weight, target, logits_budget=budget)) <= budget + 8 * 2**20
         )
     assert peak < _peak(lambda: step(kernels.linear_cross_entropy_reference)) / 2
 

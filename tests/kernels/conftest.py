@@ -62,9 +62,7 @@ def assert_matches() -> Callable:
     """Assert that a float32 op equals its reference: outputs, each gradient wanted alone and all together."""
 
     def check(function, reference, inputs, *, rtol=1e-5, atol=1e-5, fixed=()):
-        floats = [
-            i for i, t in enumerate(inputs) if torch.is_tensor(t) and t.is_floating_point() and i not in fixed
-        ]
+        floats = [i for i, t in enumerate(inputs) if torch.is_tensor(t) and t.is_floating_point() and i not in fixed]
         before = [t.clone() if torch.is_tensor(t) else t for t in inputs]
         expected, upstream, gradients = _run(reference, inputs, floats)
         for wanted in [floats] + [[i] for i in floats if len(floats) > 1]:
@@ -97,9 +95,7 @@ def assert_as_accurate() -> Callable:
         ]
 
     def check(function, reference, inputs, *, upstream=None, slack=None, fixed=()):
-        floats = [
-            i for i, t in enumerate(inputs) if torch.is_tensor(t) and t.is_floating_point() and i not in fixed
-        ]
+        floats = [i for i, t in enumerate(inputs) if torch.is_tensor(t) and t.is_floating_point() and i not in fixed]
         wide = [t.float() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
         eager, upstream, eager_grads = _run(reference, inputs, floats, upstream)
         truth, _, truth_grads = _run(reference, wide, floats, [u.float() for u in upstream])

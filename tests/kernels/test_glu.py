@@ -16,9 +16,7 @@ def _pair(activation, packed=False):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(7, 1), (3, 5), (2, 3, 33), (20, 64), (11, 100), (1500,)])
 def test_glu(device, poison, assert_matches, shape, activation):
-    assert_matches(
-        _pair(activation)[0], _pair(activation)[1], [torch.randn(shape, device=device) for _ in "gu"]
-    )
+    assert_matches(_pair(activation)[0], _pair(activation)[1], [torch.randn(shape, device=device) for _ in "gu"])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

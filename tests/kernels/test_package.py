@@ -24,8 +24,7 @@ def test_import_loads_neither_torch_nor_triton():
 
 def test_import_through_the_parent_loads_no_kernel():
     _python(
-        "import sys, ligerfx.kernels\n"
-        "assert not [name for name in sys.modules if name.startswith('ligerfx.kernels.')]"
+        "import sys, ligerfx.kernels\nassert not [name for name in sys.modules if name.startswith('ligerfx.kernels.')]"
     )
 
 

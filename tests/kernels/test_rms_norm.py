@@ -91,9 +91,7 @@ def test_empty(device, assert_matches, shape):
 
 
 def test_float64_takes_the_reference(device, assert_matches):
-    assert_matches(
-        *_pair(), [torch.randn(4, 8, device=device).double(), torch.randn(8, device=device).double()]
-    )
+    assert_matches(*_pair(), [torch.randn(4, 8, device=device).double(), torch.randn(8, device=device).double()])
 
 
 def test_errors():

@@ -4,9 +4,7 @@ import torch
 from ligerfx.kernels import rope, rope_reference
 
 
-def _inputs(
-    device, batch=2, q_heads=3, k_heads=2, tokens=5, width=16, rotated=None, table_batch=1, dtype=None
-):
+def _inputs(device, batch=2, q_heads=3, k_heads=2, tokens=5, width=16, rotated=None, table_batch=1, dtype=None):
     rotated = width if rotated is None else rotated
     shapes = [
         (batch, q_heads, tokens, width),

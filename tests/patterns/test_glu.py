@@ -230,6 +230,7 @@ def test_silu_on_both_sides(optimise):
     optimise(Function(lambda g, u: F.silu(g) * F.silu(u)), pair(2, 3), ["silu_glu"], rtol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled on a machine with a GPU")
 def test_in_the_interpreter(optimise, monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
     optimise(Function(lambda g, u: F.silu(g) * u), pair(2, 3), ["silu_glu"], rtol=1e-5)

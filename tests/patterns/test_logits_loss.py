@@ -166,6 +166,7 @@ def test_logits_are_deferred_until_used():
     assert logits.shape == (2, 6, V) and logits._value is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled on a machine with a GPU")
 def test_in_the_interpreter(optimise, monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
     module = LM(LOSSES["sum over count"], bias=True, change=CHANGES["scaled and capped"])

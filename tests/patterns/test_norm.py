@@ -331,6 +331,7 @@ def test_constant_is_captured(assert_same):
         assert_same(module, optimised, call)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled on a machine with a GPU")
 def test_in_the_interpreter(optimise, monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
     for function, pattern in ((llama, ROUNDED), (gemma, ONE_PLUS)):

@@ -169,6 +169,7 @@ def test_inlined_between_projections(optimise):
     assert report.idioms == {"rope": 2}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled on a machine with a GPU")
 def test_in_the_interpreter(optimise, assert_same, monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
     optimise(Rotary(standard), call(), [PATTERN], rtol=1e-6)

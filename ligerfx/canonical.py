@@ -213,20 +213,12 @@ def op_name(node: Node) -> str | None:
 
 _RULES: dict[str, Callable[..., sympy.Expr | None]] = {}
 _IMPURE = {
-    "dropout",
-    "setitem",
-    "bernoulli",
-    "multinomial",
-    "normal",
-    "rand",
-    "randn",
-    "randint",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "empty",
-    "empty_like",
-}
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu",
+    "gumbel_softmax", "scaled_dot_product_attention", "multi_head_attention_forward", "bernoulli", "multinomial",
+    "normal", "poisson", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "empty",
+    "empty_like", "setitem",
+}  # fmt: skip
+"""Operations that may give another result for the same arguments, or whose effect is elsewhere."""
 
 
 def _rule(*names: str) -> Callable:

@@ -266,6 +266,12 @@ class Matcher:
             for user in node.users:
                 if _mutates(user):
                     return f"its input `{node}` is changed in place at {user.meta.get('source', '?')}"
+        # The replacement runs later than what it replaces: nothing may change in place meanwhile.
+        users = {user for node in kept for user in node.users if user not in match.interior}
+        start, end = min(self.order[n] for n in match.interior), min((self.order[u] for u in users), default=0)
+        for node, position in self.order.items():
+            if start < position < end and _mutates(node):
+                return f"`{node}` works in place at {node.meta.get('source', '?')}, before the result is used"
         return None
 
     def _follows_from(self, node: Node, outputs: set[Node], interior: set[Node]) -> bool:

@@ -22,11 +22,12 @@ from torch.fx import Graph, GraphModule
 from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, same_structure, stands_for
-from .errors import CaptureError
+from .errors import CaptureError, PatternError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
 from .rewriter import rewrite, tidy
 from .signature import call_key
+from .source import describe_error
 from .symbols import FakeInputs, expression
 from .traced_numbers import TracedFloat, TracedInt, plain
 from .tracer import Tracer
@@ -59,25 +60,32 @@ class Session:
     lock: Any = field(default_factory=threading.RLock)
 
     def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
-        """Matches and rewrites the graph of a capture, which it changes."""
+        """Matches and rewrites the graph of a capture, which it changes. A capture that cannot be guarded,
+        searched or rewritten gets an error, and its module runs its original forward.
+
+        Raises:
+            PatternError: one of the patterns is not usable.
+        """
         try:
-            inside: dict[str, tuple] = {path: (cls, ()) for path, cls in capture.absorbed.items()}
-            guard = _guard(capture, inside)
-        except CaptureError as error:
-            capture.error = capture.error or str(error)
-        if capture.error:
-            return Program(capture, lambda module, leaves: True)
+            if not capture.error:
+                return self._compile(capture, fakes)
+        except PatternError:
+            raise
+        except Exception as error:  # a model that runs must not fail because of a rewrite
+            capture.error = describe_error(error)
+        return Program(capture, lambda module, leaves: True)
+
+    def _compile(self, capture: Capture, fakes: FakeInputs) -> Program:
+        inside: dict[str, tuple] = {path: (cls, ()) for path, cls in capture.absorbed.items()}
         matches, near = Matcher(capture.graph, fakes).find(self.patterns)
-        program = Program(capture, guard, matches, near)
         if matches:
             layers = [n for m in matches for n in m.interior if n.op == "call_module"]
             inside |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
-            program.guard = _guard(capture, inside)
             rewrite(capture.graph, matches)
         else:
             tidy(capture.graph)
-        program.function, program.code = compile_graph(capture.graph)
-        return program
+        function, code = compile_graph(capture.graph)
+        return Program(capture, _guard(capture, inside), matches, near, function, code)
 
     def remember(self, module: nn.Module, key: tuple, program: Program) -> None:
         self.programs.setdefault((original_class(module), key), []).append((module, program))

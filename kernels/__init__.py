@@ -32,6 +32,7 @@ def __getattr__(name: str):
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    function.__module__ = __name__  # its public home, and its name in generated code: ligerfx_kernels_glu
     globals()[name] = function
     return function
 

@@ -235,7 +235,8 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     with session.lock:
         program = session.program_for(module, key, leaves, args, kwargs)
     programs.setdefault(key, []).append(program)
-    return program, leaves
+    # A capture that does not even serve the call that it was made for must not run.
+    return (program if program.guard(module, leaves) else None), leaves
 
 
 def _warn_once(module: OptimizedModule, message: str) -> None:

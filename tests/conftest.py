@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# Workers of pytest-xdist share the cores; torch's own threads would only get in each other's way.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# Tensors are tiny here: where others use the cores too, threads cost a hundred times the work.
+torch.set_num_threads(1)
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -31,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU tensors the plain PyTorch references run, not the kernels in Triton's interpreter."""
+    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
 
 
 @pytest.fixture

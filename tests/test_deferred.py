@@ -17,15 +17,6 @@ B, S, H, V = 2, 3, 4, 5
 LINEAR = F.linear  # `computed` counts calls of the one that ligerfx looks up
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny here: where others use the cores too, threads cost a hundred times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def computed(monkeypatch):
     """A list that grows by one at every linear layer that is computed."""
@@ -292,9 +283,7 @@ def test_pytree():
 # -- in a model's output -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def references(monkeypatch):
-    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+pytestmark = pytest.mark.usefixtures("references")
 
 
 def test_model_output():

@@ -10,8 +10,7 @@ SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", ["guide", "patterns", "kernels"])
-def test_snippets_run(page, monkeypatch, tmp_path):
-    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+def test_snippets_run(page, references, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     snippets = SNIPPET.findall((DOCS / f"{page}.md").read_text())
     assert snippets

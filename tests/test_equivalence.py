@@ -18,9 +18,9 @@ BACKENDS = ["triton"] if GPU else ["reference", "interpreter"]
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
+def backend(request):
     if request.param == "reference":
-        monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+        request.getfixturevalue("references")
     return request.param
 
 
@@ -111,9 +111,7 @@ MIDSIZE_FAMILIES = [f for f in FAMILIES if "_" not in f] if GPU else ["llama", "
 
 @pytest.mark.parametrize("family", MIDSIZE_FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_midsize(family, dtype, device, monkeypatch):
-    if not GPU:
-        monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
+def test_midsize(family, dtype, device, references):
     model = midsize(family, dtype=dtype, device=device)
     optimised = ligerfx.optimize(model)
     assert optimised.report.idioms == expected_idioms(model)

@@ -16,18 +16,7 @@ from models import batch, expected_idioms, make
 H = 8
 
 
-@pytest.fixture(autouse=True)
-def references(monkeypatch):
-    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny here: where others use the cores too, threads cost a hundred times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("references")
 
 
 class Norm(nn.Module):

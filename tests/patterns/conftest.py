@@ -9,17 +9,8 @@ import ligerfx
 
 
 @pytest.fixture(autouse=True)
-def references(monkeypatch):
-    monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny here: where others use the cores too, threads cost a hundred times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _plain(references):
+    """The references everywhere, so that numbers compare to the bit."""
 
 
 def tensors_of(output) -> list[torch.Tensor]:

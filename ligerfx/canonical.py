@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from .capture import works_in_place
 from .symbols import expression
 
 _PRECISION = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.float64: 64}
@@ -134,7 +135,7 @@ class Canonicalizer:
 
     def _call(self, node: Node, name: str) -> sympy.Expr | None:
         """An operation without a rule of its own: the same call on the same values is the same value."""
-        if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace"):
+        if works_in_place(name, node.kwargs):
             return None
         operands: list[sympy.Expr] = []
 

@@ -103,6 +103,12 @@ def _equal(a: Any, b: Any) -> bool:
         return False
 
 
+def works_in_place(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a torch call of this name and these keyword arguments changes a tensor that it is given."""
+    by_name = name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+    return by_name or "out" in kwargs or bool(kwargs.get("inplace"))
+
+
 def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...]) -> bool:
     """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else."""
     return (

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cast, normal, number, op_name
+from .capture import works_in_place
 from .errors import CaptureError
 from .pattern import Pattern, Variant, check_dimensions
 from .symbols import FakeInputs
@@ -546,9 +547,7 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _mutates(node: Node) -> bool:
-    name = op_name(node) or ""
-    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
-    return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    return works_in_place(op_name(node) or "", node.kwargs)
 
 
 def _best(misses: dict[Node, NearMiss], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import has_hooks
+from .capture import has_hooks, present_parameters, stands_for
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
     "forward",
-    "_ligerfx_patched",
     "gradient_checkpointing",
 }
 
@@ -86,4 +85,4 @@ def owns_nothing(module: nn.Module) -> bool:
 
 def exposes_parameters(module: nn.Module) -> bool:
     """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
-    return type(module) is nn.Linear and "forward" not in vars(module) and not has_hooks(module)
+    return stands_for(module, nn.Linear, present_parameters(module))

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .capture import PLAIN, Capture, Read, join, same_structure, submodule
+from .capture import PLAIN, Capture, Read, join, same_structure, submodule, works_in_place
 from .clone import clone_tree
 from .errors import CaptureError
 from .leaves import leaf_functions
@@ -168,8 +168,6 @@ class Tracer(TorchFunctionMode):
     def _prepare(self, shadow: nn.Module, real: nn.Module) -> None:
         state = shadow.__dict__
         self._real[id(shadow)] = real
-        if "forward" in vars(real):  # replaced on the instance: whoever did it wants to be called
-            state["_ligerfx_patched"] = True
         forward = self.original_class(real).forward
         state["forward"] = functools.partial(self._call_module, shadow, forward)
         for table in ("_parameters", "_buffers"):
@@ -204,8 +202,7 @@ class Tracer(TorchFunctionMode):
         else:
             with self.fakes.shape_env.suppress_guards():
                 out = func(*args, **kwargs)
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
-        if not in_place and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
+        if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
             return out
         frame = self.frames[-1]
         frame.recorded_modes.add(_mode())

@@ -13,16 +13,27 @@ import importlib
 _MODULE_OF = {
     "rms_norm": "rmsnorm",
     "rms_norm_reference": "rmsnorm",
+    "add_rms_norm": "rmsnorm",
+    "add_rms_norm_reference": "rmsnorm",
     "glu": "gated",
     "glu_reference": "gated",
     "packed_glu": "gated",
     "packed_glu_reference": "gated",
+    "glu_linear": "gated_linear",
+    "glu_linear_reference": "gated_linear",
+    "packed_glu_linear": "gated_linear",
+    "packed_glu_linear_reference": "gated_linear",
+    "rms_norm_linear": "rmsnorm_linear",
+    "rms_norm_linear_reference": "rmsnorm_linear",
     "rope": "rotary",
     "rope_reference": "rotary",
+    "norm_rope": "normed_rotary",
+    "norm_rope_reference": "normed_rotary",
     "cross_entropy": "crossentropy",
     "cross_entropy_reference": "crossentropy",
     "linear_cross_entropy": "linear_crossentropy",
     "linear_cross_entropy_reference": "linear_crossentropy",
+    "rows_that_count": "counted_rows",
 }
 
 __all__ = sorted(_MODULE_OF)

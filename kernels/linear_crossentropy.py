@@ -7,14 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import autocast_dtype, launch_device, num_warps_for, tl, triton, use_triton
+from ._runtime import autocast_dtype, launch_device, tl, triton, use_triton
+from ._weight_grad import WeightGrad, scale_to
+from .counted_rows import CountedRows, capturing, rows_that_count
 from .crossentropy import (
     check_loss_options,
     cross_entropy_reference,
-    row_loss,
+    load_target_z,
+    loss_of_stats,
+    row_stats,
     write_row_grad,
     write_row_zeros,
+    write_target_grad,
 )
+
+# Room for 2048 rows of 16-bit logits of the vocabularies of Qwen (151936, 152064): with 1000 rows, reading and writing
+# the float32 sum of the weight's gradient would take an H100 as long as the matrix product that is added to it.
+LOGITS_BUDGET = 608 * 2**20
 
 
 def linear_cross_entropy_reference(
@@ -28,11 +37,14 @@ def linear_cross_entropy_reference(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
-    logits_budget: int = 512 * 2**20,
+    z_loss: float = 0.0,
+    logits_budget: int = LOGITS_BUDGET,
+    accumulate_in: torch.dtype | None = torch.float32,
+    rows: CountedRows | None = None,
 ) -> torch.Tensor:
-    """Plain PyTorch `linear_cross_entropy`; holds all logits, whatever the budget."""
+    """Plain PyTorch `linear_cross_entropy`; holds all logits, whatever the budget, and ignores `rows`."""
     check_loss_options("linear_cross_entropy", target, reduction, label_smoothing, softcap)
-    _check(x, weight, target, bias, logits_budget)
+    _check(x, weight, target, bias, ignore_index, logits_budget, accumulate_in, rows)
     return cross_entropy_reference(
         F.linear(x, weight, bias),
         target,
@@ -41,6 +53,7 @@ def linear_cross_entropy_reference(
         label_smoothing=label_smoothing,
         softcap=softcap,
         scale=scale,
+        z_loss=z_loss,
     )
 
 
@@ -50,53 +63,89 @@ def _loss_grad_kernel(
     target_ptr,
     loss_ptr,
     factor_ptr,
+    row_stride,
     V,
     ignore_index,
     scale,
+    z_loss,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss of one row, and its gradient written over the row."""
+    """The loss of one row, and its gradient written over the row.
+
+    The gradient's pass reads the row again, from the L2 cache as far as the rows under way fit in there.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
-    row_ptr = logits_ptr + row * V
+    row_ptr = logits_ptr + row * row_stride
     if target == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         if WRITE_GRAD:
             write_row_zeros(row_ptr, V, BLOCK)
     else:
-        loss, lse = row_loss(row_ptr, target, V, scale, SOFTCAP, SMOOTHING, BLOCK)
+        z_target = load_target_z(row_ptr, target, V, scale, SOFTCAP)
+        largest, total, z_sum = row_stats(row_ptr, V, scale, SOFTCAP, SMOOTHING, BLOCK, 1, "evict_last")
+        loss, lse = loss_of_stats(largest, total, z_sum, z_target, V, z_loss, SMOOTHING)
         tl.store(loss_ptr + row, loss)
         if WRITE_GRAD:
-            factor = 1.0
+            factor = scale
             if HAS_FACTOR:
-                factor = tl.load(factor_ptr)
+                factor *= tl.load(factor_ptr)
             if (target < 0) | (target >= V):
                 factor = float("nan")
+            weight = factor * (1.0 + 2.0 * z_loss * lse) / total
+            constant = factor * SMOOTHING / V
             # No warp may write before all have read the row.
             tl.debug_barrier()
-            write_row_grad(row_ptr, row_ptr, target, lse, factor, V, scale, SOFTCAP, SMOOTHING, BLOCK)
+            write_row_grad(row_ptr, row_ptr, V, largest, weight, constant, scale, SOFTCAP, BLOCK, 1)
+            hot = factor * (1.0 - SMOOTHING)
+            write_target_grad(row_ptr, target, V, z_target, largest, weight, constant, hot, SOFTCAP)
 
 
-def _chunk_rows(n_rows: int, vocab: int, itemsize: int, budget: int) -> int:
-    rows = max(1, budget // (vocab * itemsize))
-    if rows > 128:
-        # Whole tiles for the matrix products.
-        rows -= rows % 128
-    return min(rows, n_rows)
+def _tuning(vocab: int) -> tuple[int, int]:
+    """(logits, warps) at a time.
+
+    Measured on 2048 rows of 128256 and 151936 bfloat16 logits on an H100: 1.3 times as long as a copy. Loads
+    pipelined, a part of the row kept in registers, programs that walk over rows, or several that share one, took as
+    long or longer.
+    """
+    block = min(8192, max(128, triton.next_power_of_2(vocab)))
+    return block, max(4, block // 256)
 
 
-def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a @ b in float32, into total; a new tensor if total is None."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        a, b = a.float(), b.float()
-        return torch.mm(a, b) if total is None else torch.addmm(total, a, b, out=total)
-    if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+def loss_and_grad_(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    losses: torch.Tensor,
+    factor: torch.Tensor | None,
+    want_grad: bool,
+    options: tuple,
+) -> None:
+    """Write the loss of each row of logits to losses, and factor times its gradient over the logits if wanted."""
+    n_rows, vocab = logits.shape
+    block, warps = _tuning(vocab)
+    with launch_device(logits):
+        _loss_grad_kernel[(n_rows,)](
+            logits, target, losses, factor, logits.stride(0), vocab, *options,
+            want_grad, factor is not None, block, num_warps=warps,
+        )  # fmt: skip
+
+
+def _chunk_rows(n_rows: int, row_bytes: int, budget: int) -> int:
+    """Rows a chunk: one chunk if the budget allows, else few of about the same size.
+
+    Rows in multiples of 1024, where there are that many: the gradient of x, [rows, H], has few tiles, each a sum over
+    the vocabulary, and most hidden sizes then fill the multiprocessors evenly.
+    """
+    most = max(1, budget // row_bytes)
+    if n_rows <= most:
+        return n_rows
+    tile = next(tile for tile in (1024, 128, 1) if tile <= most)
+    n_chunks = triton.cdiv(n_rows, most - most % tile)
+    return min(n_rows, triton.cdiv(triton.cdiv(n_rows, n_chunks), tile) * tile)
 
 
 def _loss_and_grads(
@@ -104,84 +153,79 @@ def _loss_and_grads(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    options: tuple,
+    rows: CountedRows,
+    options: dict,
     need_x: bool,
     need_w: bool,
     need_b: bool,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor | None], torch.Tensor | None]:
-    """The loss, a dict of the wanted gradients, and a factor that they still lack (None: none).
-
-    The gradient of x covers the rows in "kept" (None: all of them).
-    """
-    ignore_index, mean, smoothing, softcap, scale, budget = options
+) -> tuple[torch.Tensor, tuple, torch.Tensor | None]:
+    """The loss, the wanted gradients (x's, weight's, bias's), and a factor that they still lack (None: none)."""
+    if capturing(x):
+        rows = CountedRows(target, options["ignore_index"])
     x = x.reshape(-1, x.shape[-1])
     target = target.reshape(-1).contiguous()
-    n_valid = (target != ignore_index).sum()
-    kept = None
-    # How many rows are kept decides the shapes, which a CUDA graph could not follow.
-    if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        kept = (target != ignore_index).nonzero().squeeze(1)
-        if kept.numel() == target.numel():
-            kept = None
-        else:
-            x, target = x.index_select(0, kept), target.index_select(0, kept)
-    n_rows, vocab = x.shape[0], weight.shape[0]
+    kept = rows.kept()
+    n_rows, vocab = (x if kept is None else kept).shape[0], weight.shape[0]
     need_grad = need_x or need_w or need_b
     factor = late_factor = None
-    if mean:
-        factor = 1.0 / n_valid.clamp(min=1).float()
+    if options["mean"]:
+        factor = 1.0 / rows.n_valid.clamp(min=1).float()
         if x.dtype == torch.float16:
             # 1/n would push the gradients of the logits into float16's subnormals. Its power of two is left
             # to the backward instead, where it costs no second rounding.
             late_factor = torch.exp2(torch.floor(torch.log2(factor)))
             factor = factor / late_factor
     losses = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-    dw = db = None
+    dx = dw = db = None
+    if need_x:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if kept is not None:
+            dx.zero_()
+    if need_b:
+        db = torch.zeros(vocab, dtype=torch.float32, device=x.device)
     if n_rows:
-        rows = _chunk_rows(n_rows, vocab, x.element_size(), budget)
-        # Several chunks need a float32 sum; so does float16, whose undivided sums could overflow.
-        widen = rows < n_rows or x.dtype == torch.float16
-        buffer = torch.empty(rows, vocab, dtype=x.dtype, device=x.device)
-        # Few, wide programs: the second pass over a row finds it in L2 if not too many rows are under way.
-        block = min(16384, max(128, triton.next_power_of_2(vocab)))
-        for start in range(0, n_rows, rows):
-            x_chunk, target_chunk = x[start : start + rows], target[start : start + rows]
-            logits = buffer[: x_chunk.shape[0]]
+        # Rows start at multiples of 32 bytes: the matrix products and the loss need aligned vectors to be fast.
+        row_stride = triton.cdiv(vocab, 16) * 16
+        chunk = _chunk_rows(n_rows, row_stride * x.element_size(), options["budget"])
+        # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
+        wide = x.dtype == torch.float16 or (chunk < n_rows and options["accumulate_in"] == torch.float32)
+        if need_w:
+            dw = WeightGrad(weight, wide)
+        buffer = torch.empty(chunk, row_stride, dtype=x.dtype, device=x.device)
+        for start in range(0, n_rows, chunk):
+            part = slice(start, start + chunk)
+            if kept is None:
+                x_chunk, target_chunk = x[part], target[part]
+            else:
+                x_chunk, target_chunk = x.index_select(0, kept[part]), target.index_select(0, kept[part])
+            logits = buffer[: x_chunk.shape[0], :vocab]
             if bias is None:
                 torch.mm(x_chunk, weight.t(), out=logits)
             else:
                 torch.addmm(bias, x_chunk, weight.t(), out=logits)
-            with launch_device(x):
-                _loss_grad_kernel[(logits.shape[0],)](
-                    logits, target_chunk, losses[start:], factor, vocab, ignore_index,
-                    scale, softcap, smoothing, need_grad, mean, block, num_warps=num_warps_for(block),
-                )  # fmt: skip
-            if need_x:
-                torch.mm(logits, weight, out=dx[start : start + rows])
+            loss_and_grad_(logits, target_chunk, losses[part], factor, need_grad, options["loss"])
+            if need_x and kept is None:
+                torch.mm(logits, weight, out=dx[part])
+            elif need_x:
+                dx.index_copy_(0, kept[part], logits @ weight)
             if need_w:
-                dw = _accumulate(dw, logits.t(), x_chunk) if widen else torch.mm(logits.t(), x_chunk)
+                dw.add(logits.t(), x_chunk)
             if need_b:
-                part = logits.sum(0, dtype=torch.float32)
-                db = part if db is None else db.add_(part)
-    if need_w and dw is None:
-        dw = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    if need_b and db is None:
-        db = torch.zeros_like(bias)
+                db += logits.sum(0, dtype=torch.float32)
+    elif need_w:
+        dw = WeightGrad(weight, wide=False)
     loss = losses.sum()
-    grads = {"x": dx, "weight": dw, "bias": db, "kept": kept}
-    return (loss / n_valid if mean else loss), grads, late_factor
+    return (loss / rows.n_valid if options["mean"] else loss), (dx, dw, db), late_factor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, target, options, grad_enabled):
+    def forward(ctx, x, weight, bias, target, rows, options, grad_enabled):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         with torch.autocast(x.device.type, enabled=False):
-            loss, grads, late_factor = _loss_and_grads(x, weight, bias, target, options, *needs)
+            loss, *results = _loss_and_grads(x, weight, bias, target, rows, options, *needs)
         ctx.save_for_backward(x, weight, bias, target)
-        ctx.options, ctx.needs = options, needs
-        ctx.results = (grads, late_factor)
+        ctx.rows, ctx.options, ctx.needs, ctx.results = rows, options, needs, results
         return loss
 
     @staticmethod
@@ -193,31 +237,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         results, ctx.results = ctx.results, None
         with torch.autocast(x.device.type, enabled=False):
             if results is None:
-                results = _loss_and_grads(x, weight, bias, target, ctx.options, *ctx.needs)[1:]
-            grads, late_factor = results
-            # One dim: a 0-dim factor would be rounded to the gradient's dtype before the product.
-            factor = (dloss if late_factor is None else dloss * late_factor).reshape(1)
-            dx, kept = grads.pop("x"), grads.pop("kept")
+                _, *results = _loss_and_grads(x, weight, bias, target, ctx.rows, ctx.options, *ctx.needs)
+            (dx, dw, db), late_factor = results
+            factor = dloss if late_factor is None else dloss * late_factor
             if dx is not None:
-                torch.mul(dx, factor, out=dx)
-                if kept is not None:
-                    full = torch.zeros(target.numel(), dx.shape[1], dtype=dx.dtype, device=dx.device)
-                    dx = full.index_copy_(0, kept, dx)
-                dx = dx.view(x.shape)
-            dw = _scaled(grads.pop("weight"), factor, weight)
-            db = _scaled(grads.pop("bias"), factor, bias)
-        return dx, dw, db, None, None, None
+                dx = scale_to(dx, factor, dx).view(x.shape)
+            if dw is not None:
+                dw = dw.scaled(factor)
+            if db is not None:
+                db = scale_to(db, factor, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
+        return dx, dw, db, None, None, None, None
 
 
-def _scaled(grad: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor | None:
-    """grad * factor in the dtype of `like`, in one kernel, over grad where its dtype allows."""
-    if grad is None:
-        return None
-    out = grad if grad.dtype == like.dtype else torch.empty_like(grad, dtype=like.dtype)
-    return torch.mul(grad, factor, out=out)
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor | None, budget: int) -> None:
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    budget: int,
+    accumulate_in: torch.dtype | None,
+    rows: CountedRows | None,
+) -> None:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if not all(t.is_floating_point() for t in tensors):
         raise TypeError(f"linear_cross_entropy: expected floating-point inputs, got {[t.dtype for t in tensors]}")
@@ -240,6 +281,15 @@ def _check(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: to
         )
     if budget <= 0:
         raise ValueError(f"linear_cross_entropy: logits_budget must be positive, got {budget}")
+    if accumulate_in not in (None, torch.float32):
+        raise ValueError(f"linear_cross_entropy: accumulate_in must be torch.float32 or None, got {accumulate_in}")
+    if rows is not None and (
+        (rows.size, rows.ignore_index, rows.n_valid.device) != (target.numel(), ignore_index, target.device)
+    ):
+        raise ValueError(
+            f"linear_cross_entropy: rows come from a target of {rows.size} elements on {rows.n_valid.device} and "
+            f"ignore_index {rows.ignore_index}; this call has {target.numel()} on {target.device} and {ignore_index}"
+        )
 
 
 def linear_cross_entropy(
@@ -253,37 +303,47 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
-    logits_budget: int = 512 * 2**20,
+    z_loss: float = 0.0,
+    logits_budget: int = LOGITS_BUDGET,
+    accumulate_in: torch.dtype | None = torch.float32,
+    rows: CountedRows | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, target, ...)` with at most `logits_budget` bytes of logits held.
 
     If a gradient is wanted it is computed with the loss, chunk by chunk, and the backward only scales it; a
-    second backward through the same graph computes it again. The weight's gradient is summed over chunks in
-    float32.
+    second backward through the same graph computes it again. With V, H of the weight and M rows that count, the
+    forward takes the bytes of the logits, 2 M H for the gradient of x and 4 V H (`accumulate_in=None`: 2 V H) for
+    that of the weight, if all are 16-bit.
 
     Args:
         x: [..., H], floating point.
         weight: [V, H], of x's dtype. Under autocast x, weight and bias are cast as for `F.linear`.
         target: [...], int64 class indices.
         bias: [V] or None.
-        ignore_index, reduction, label_smoothing, softcap, scale: as for `cross_entropy`.
+        ignore_index, reduction, label_smoothing, softcap, scale, z_loss: as for `cross_entropy`.
         logits_budget: bytes of logits held at once; one row of logits is held whatever the budget.
+        accumulate_in: dtype of the sum of the weight's gradient over chunks: float32, or None for the weight's
+            dtype, which halves its memory and rounds it once a chunk. (Always float32 for float16, which could
+            overflow.) The matrix products themselves accumulate in float32 either way.
+        rows: what `rows_that_count(target, ignore_index)` returned, if it was called before. The target must still
+            be the same.
 
     Returns:
         float32 scalar.
 
     Raises:
-        ValueError: for mismatched shapes, or an option outside its range.
+        ValueError: for mismatched shapes, an option outside its range, or rows of another target's size, device or
+            ignore_index.
         TypeError: if x, weight or bias is not floating point, their dtypes differ, or target is not int64.
 
-    Rows with target ignore_index are dropped first, which waits for the device once per call (not while a
-    CUDA graph is captured: then they are computed and given zero gradients). Targets out of range behave as
-    in `cross_entropy`.
+    Rows with target ignore_index are dropped first. Their number has to reach the host: without `rows` the call
+    waits for the device, once. (While a CUDA graph is captured, nothing waits: the ignored rows are computed and get
+    zero gradients.) Targets out of range behave as in `cross_entropy`.
 
     Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, arXiv:2410.10989.
     """
     check_loss_options("linear_cross_entropy", target, reduction, label_smoothing, softcap)
-    _check(x, weight, target, bias, logits_budget)
+    _check(x, weight, target, bias, ignore_index, logits_budget, accumulate_in, rows)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
@@ -298,14 +358,18 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             softcap=softcap,
             scale=scale,
+            z_loss=z_loss,
             logits_budget=logits_budget,
+            accumulate_in=accumulate_in,
+            rows=rows,
         )
-    options = (
-        ignore_index,
-        reduction == "mean",
-        float(label_smoothing),
-        softcap,
-        float(scale),
-        logits_budget,
-    )
-    return _LinearCrossEntropy.apply(x, weight, bias, target, options, torch.is_grad_enabled())
+    options = {
+        "loss": (ignore_index, float(scale), float(z_loss), softcap, float(label_smoothing)),
+        "ignore_index": ignore_index,
+        "mean": reduction == "mean",
+        "budget": logits_budget,
+        "accumulate_in": accumulate_in,
+    }
+    if rows is None:
+        rows = rows_that_count(target, ignore_index)
+    return _LinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())

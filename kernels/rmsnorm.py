@@ -1,30 +1,21 @@
-"""Root-mean-square layer normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+"""Root-mean-square layer normalisation (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+Alone, or together with the residual addition before it (`add_rms_norm`).
+"""
+
+import functools
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._runtime import (
-    is_dense_with_rows,
-    launch_device,
-    num_sms,
-    num_warps_for,
-    tl,
-    triton,
-    use_triton,
-    with_layout_of,
-)
+from ._runtime import is_dense_with_rows, jit, launch_device, tl, triton, use_triton, with_layout_of
 
 
 def rms_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float = 1e-6,
-    *,
-    offset: float = 0.0,
-    cast: str = "before_weight",
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, offset: float = 0.0, cast: str = "before_weight"
 ) -> torch.Tensor:
     """Plain PyTorch `rms_norm`, in the order of operations of the Hugging Face models."""
-    _check(x, weight, cast)
+    check_rms_norm("rms_norm", x, weight, cast)
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if cast == "before_weight":
@@ -33,164 +24,353 @@ def rms_norm_reference(
     return h.to(x.dtype)
 
 
-@triton.jit
-def _scale(w_ptr, cols, col_mask, offset, HAS_OFFSET: tl.constexpr, CAST_AFTER: tl.constexpr):
-    w = tl.load(w_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
-    if HAS_OFFSET:
-        w = w + offset
-        if not CAST_AFTER:
-            # Eager adds the offset in the weight's own dtype.
-            w = w.to(w_ptr.dtype.element_ty).to(tl.float32)
-    return w
-
-
-@triton.jit
-def _fwd_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
-    rstd_ptr,
-    n_rows,
-    eps,
-    offset,
-    H: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    CAST_AFTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_H)
-    col_mask = cols < H
-    mask = (rows < n_rows)[:, None] & col_mask[None, :]
-    offsets = rows[:, None] * H + cols[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    w = _scale(w_ptr, cols, col_mask, offset, HAS_OFFSET, CAST_AFTER)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)
-    x_hat = x * rstd[:, None]
-    if not CAST_AFTER:
-        x_hat = x_hat.to(x_ptr.dtype.element_ty).to(tl.float32)
-    y = x_hat * w[None, :]
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
-
-
-@triton.jit
-def _bwd_kernel(
-    dy_ptr,
-    x_ptr,
-    w_ptr,
-    rstd_ptr,
-    dx_ptr,
-    dw_ptr,
-    n_rows,
-    offset,
-    H: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    CAST_AFTER: tl.constexpr,
-    NEED_DX: tl.constexpr,
-    NEED_DW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    cols = tl.arange(0, BLOCK_H)
-    col_mask = cols < H
-    w = _scale(w_ptr, cols, col_mask, offset, HAS_OFFSET, CAST_AFTER)
-    # One partial sum per tile element: the sum over ROWS waits until after the loop.
-    dw = tl.zeros([ROWS, BLOCK_H], dtype=tl.float32)
-    for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
-        rows = start + tl.arange(0, ROWS).to(tl.int64)
-        row_mask = rows < n_rows
-        mask = row_mask[:, None] & col_mask[None, :]
-        offsets = rows[:, None] * H + cols[None, :]
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)
-        x_hat = x * rstd[:, None]
-        if NEED_DX:
-            g = dy * w[None, :]
-            mean = tl.sum(g * x_hat, axis=1) / H
-            dx = (g - x_hat * mean[:, None]) * rstd[:, None]
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if NEED_DW:
-            if not CAST_AFTER:
-                # The weight met the rounded x_hat in the forward pass.
-                x_hat = x_hat.to(x_ptr.dtype.element_ty).to(tl.float32)
-            dw += dy * x_hat
-    if NEED_DW:
-        tl.store(dw_ptr + tl.program_id(0).to(tl.int64) * H + cols, tl.sum(dw, axis=0), mask=col_mask)
-
-
-def _tile(hidden: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of a tile: short rows, such as attention heads, share one of 2048 elements."""
-    block = max(16, triton.next_power_of_2(hidden))
-    rows = max(1, 2048 // block)
-    return rows, block, num_warps_for(rows * block)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps, offset, cast_after):
-        if not is_dense_with_rows(x):
-            x = x.contiguous()
-        weight = weight.contiguous()
-        hidden = x.shape[-1]
-        n_rows = x.numel() // hidden
-        dtype = x.dtype if cast_after else torch.promote_types(x.dtype, weight.dtype)
-        # x is walked in memory order, and empty_like has its strides: any order of the leading dims is kept.
-        y = torch.empty_like(x, dtype=dtype)
-        rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-        rows, block, warps = _tile(hidden)
-        with launch_device(x):
-            _fwd_kernel[(triton.cdiv(n_rows, rows),)](
-                x, weight, y, rstd, n_rows, eps, offset,
-                hidden, offset != 0, cast_after, rows, block, num_warps=warps,
-            )  # fmt: skip
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.offset, ctx.cast_after = offset, cast_after
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        need_dx, need_dw = ctx.needs_input_grad[:2]
-        hidden = x.shape[-1]
-        n_rows = rstd.numel()
-        dy = with_layout_of(dy, x)
-        rows, block, warps = _tile(hidden)
-        # Programs stay and walk over the rows, about 512 threads of them a multiprocessor: enough to keep
-        # loads in flight, few enough that the partial sums of dweight stay small beside x and dy.
-        programs = min(triton.cdiv(n_rows, rows), num_sms(x) * max(1, 16 // warps))
-        dx = torch.empty_like(x) if need_dx else None
-        partial = torch.empty(programs, hidden, dtype=torch.float32, device=x.device) if need_dw else None
-        with launch_device(x):
-            _bwd_kernel[(programs,)](
-                dy, x, weight, rstd, dx, partial, n_rows, ctx.offset,
-                hidden, ctx.offset != 0, ctx.cast_after, need_dx, need_dw, rows, block, num_warps=warps,
-            )  # fmt: skip
-        dw = partial.sum(0).to(weight.dtype) if need_dw else None
-        return dx, dw, None, None, None
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, cast: str) -> None:
-    if cast not in ("before_weight", "after_weight"):
-        raise ValueError(f"rms_norm: cast must be 'before_weight' or 'after_weight', got {cast!r}")
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise TypeError(f"rms_norm: x and weight must be floating point, got {x.dtype} and {weight.dtype}")
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: expected x [..., H] and weight [H], got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-
-
-def rms_norm(
+def add_rms_norm_reference(
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float = 1e-6,
     *,
     offset: float = 0.0,
     cast: str = "before_weight",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch `add_rms_norm`."""
+    check_rms_norm("add_rms_norm", x, weight, cast, residual)
+    h = x if residual is None else x + residual
+    return rms_norm_reference(h, weight, eps, offset=offset, cast=cast), h
+
+
+# Kernels work on tiles [ROWS, BLOCK] of an [n_rows, H] tensor. Either a tile holds some short rows, or a row takes
+# several tiles, side by side.
+
+
+@triton.jit
+def _place(start, n_rows, I, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
+    """(offsets from row `start`, mask) of tile I of the rows from there."""
+    rows = tl.arange(0, ROWS)[:, None]
+    cols = I * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = start + rows < n_rows
+    if (I + 1) * BLOCK > H:
+        mask = mask & (cols < H)
+    return rows * H + cols, mask
+
+
+@triton.jit
+def _load(ptr, start, n_rows, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The tiles of the rows from `start`, zero beyond the edges; none where ptr is None."""
+    tiles = ()
+    if ptr is not None:
+        ptr += tl.cast(start, tl.int64) * H
+        for i in tl.static_range((H + BLOCK - 1) // BLOCK):
+            offsets, mask = _place(start, n_rows, i, H, ROWS, BLOCK)
+            tiles = tiles + (tl.load(ptr + offsets, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _store(ptr, tile, start, n_rows, I, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
+    ptr += tl.cast(start, tl.int64) * H
+    offsets, mask = _place(start, n_rows, I, H, ROWS, BLOCK)
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_of(w, offset, HAS_OFFSET: tl.constexpr, CAST_AFTER: tl.constexpr):
+    """What a tile of the weight multiplies by, in float32."""
+    scale = w.to(tl.float32)
+    if HAS_OFFSET:
+        scale = scale + offset
+        if not CAST_AFTER:
+            # Eager adds the offset in the weight's own dtype.
+            scale = scale.to(w.dtype).to(tl.float32)
+    return scale
+
+
+@jit
+def _fwd_kernel(
+    x_ptr, r_ptr, w_ptr, h_ptr, y_ptr, rstd_ptr, n_rows, eps, offset,
+    H: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y is the norm of h = x + r; where r_ptr is None, of x."""
+    start = tl.program_id(0) * ROWS
+    x = _load(x_ptr, start, n_rows, H, ROWS, BLOCK)
+    r = _load(r_ptr, start, n_rows, H, ROWS, BLOCK)
+    w = _load(w_ptr, 0, 1, H, 1, BLOCK)
+    h = ()
+    squares = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for i in tl.static_range(len(x)):
+        tile = x[i]
+        if r_ptr is not None:
+            tile = (x[i].to(tl.float32) + r[i].to(tl.float32)).to(h_ptr.dtype.element_ty)
+            _store(h_ptr, tile, start, n_rows, i, H, ROWS, BLOCK)
+        squares += tile.to(tl.float32) * tile.to(tl.float32)
+        h = h + (tile,)
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / H + eps)
+    for i in tl.static_range(len(h)):
+        h_hat = h[i].to(tl.float32) * rstd[:, None]
+        if not CAST_AFTER:
+            h_hat = h_hat.to(h[i].dtype).to(tl.float32)
+        y = h_hat * scale_of(w[i], offset, HAS_OFFSET, CAST_AFTER)
+        _store(y_ptr, y, start, n_rows, i, H, ROWS, BLOCK)
+    rows = start + tl.arange(0, ROWS)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
+
+
+@triton.jit
+def _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, start, n_rows, H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    h = _load(h_ptr, start, n_rows, H, ROWS, BLOCK)
+    dy = _load(dy_ptr, start, n_rows, H, ROWS, BLOCK)
+    dh = _load(dh_ptr, start, n_rows, H, ROWS, BLOCK)
+    rows = start + tl.arange(0, ROWS)
+    return h, dy, dh, tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)
+
+
+@jit
+def _bwd_kernel(
+    dy_ptr, dh_ptr, h_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, y_ptr, n_rows, offset,
+    H: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx is dh + the gradient through the norm; dw is one row of partial sums a program.
+
+    dh_ptr None: no dh. dx_ptr or dw_ptr None: not wanted. y_ptr: where to write y again, or None.
+    """
+    first = tl.program_id(0) * ROWS
+    step = tl.num_programs(0) * ROWS
+    w = _load(w_ptr, 0, 1, H, 1, BLOCK)
+    # One partial sum per tile element: the sum over ROWS waits until after the loop.
+    dw = ()
+    for _ in tl.static_range(len(w)):
+        dw = dw + (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
+    if ROWS > 1:
+        coming = _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, first, n_rows, H, ROWS, BLOCK)
+    for start in tl.range(first, n_rows, step, num_stages=STAGES):
+        # What comes next is on its way while this is worked on: short rows by hand, long ones in Triton's pipeline.
+        if ROWS > 1:
+            h, dy, dh, rstd = coming
+            coming = _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, start + step, n_rows, H, ROWS, BLOCK)
+        else:
+            h, dy, dh, rstd = _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, start, n_rows, H, ROWS, BLOCK)
+        if dx_ptr is not None:
+            dots = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+            for i in tl.static_range(len(w)):
+                g = dy[i].to(tl.float32) * scale_of(w[i], offset, HAS_OFFSET, CAST_AFTER)
+                dots += g * h[i].to(tl.float32)
+            mean = tl.sum(dots, axis=1) * rstd / H  # of g * h_hat
+        if y_ptr is not None and (ROWS > 1 or dx_ptr is None):
+            # y may lie over dy: no warp may write before all have read. The sum of one row over all warps makes sure
+            # of that by itself; a barrier more, and Triton would not pipeline the loop.
+            tl.debug_barrier()
+        sums = ()
+        for i in tl.static_range(len(w)):
+            h_hat = h[i].to(tl.float32) * rstd[:, None]
+            scale = scale_of(w[i], offset, HAS_OFFSET, CAST_AFTER)
+            if dx_ptr is not None:
+                dx = (dy[i].to(tl.float32) * scale - h_hat * mean[:, None]) * rstd[:, None]
+                if dh_ptr is not None:
+                    dx += dh[i].to(tl.float32)
+                _store(dx_ptr, dx, start, n_rows, i, H, ROWS, BLOCK)
+            if not CAST_AFTER:
+                # The weight met the rounded h_hat in the forward pass.
+                h_hat = h_hat.to(h[i].dtype).to(tl.float32)
+            if y_ptr is not None:
+                _store(y_ptr, h_hat * scale, start, n_rows, i, H, ROWS, BLOCK)
+            sums = sums + (dw[i] + dy[i].to(tl.float32) * h_hat,)
+        dw = sums
+    if dw_ptr is not None:
+        for i in tl.static_range(len(w)):
+            _store(dw_ptr, tl.sum(dw[i], axis=0)[None, :], tl.program_id(0), tl.num_programs(0), i, H, 1, BLOCK)
+
+
+@jit
+def _sum_rows_kernel(x_ptr, y_ptr, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """y[c] = sum over r of x[r, c]."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    sums = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for start in range(0, n_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        sums += tl.load(x_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+    tl.store(y_ptr + cols, tl.sum(sums, axis=0).to(y_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+@functools.cache
+def forward_tiling(hidden: int) -> tuple[int, int, int]:
+    """(rows of a tile, columns of a tile, warps); a program has one tile, or one row.
+
+    Short rows, such as attention heads, share 2048 elements. A long row has 16 to 31 elements a thread, in pieces
+    of 8: one 16-byte load of a 16-bit dtype each, and little is lost where its length is no power of two.
+    """
+    if hidden <= 2048:
+        block = max(16, 1 << (hidden - 1).bit_length())
+        return 2048 // block, block, 4
+    warps = min(32, 1 << (hidden // 512).bit_length() - 1)
+    return 1, 256 * warps, warps
+
+
+@functools.cache
+def backward_tiling(hidden: int, element_bytes: int, device: int) -> tuple[int, int, int, int, int]:
+    """(rows of a tile, columns of a tile, warps, most programs, stages of the pipeline).
+
+    element_bytes is the size of an element of all inputs together; device is -1 for the interpreter.
+
+    Programs stay and walk over the rows, so that the partial sums of dweight are few. An H100 in bfloat16 comes to
+    these shares of the speed of a copy; beyond 8192 columns a pipeline would spill registers.
+
+        columns     64  128  256  1024 | 2048  3072 | 4096  5120  8192 | 16384
+        share, %    85   71   90    59 |   73    80 |   83    91    84 |    70 (59 with a pipeline)
+    """
+    if hidden <= 1024:
+        block = max(16, 1 << (hidden - 1).bit_length())
+        rows, warps, resident, stages = 4096 // block, 4, 2, 1
+    elif hidden <= 3072:
+        rows, block, warps, resident, stages = 1, 1024, 4, 2, 3
+    else:
+        rows, block, warps, resident, stages = 1, 4096, 16, 1, 3 if hidden <= 8192 else 1
+    if device < 0:
+        return rows, block, warps, resident, 1
+    gpu = torch.cuda.get_device_properties(device)
+    # Every stage but one has a buffer of whole tiles; 16 KiB are left for the sums.
+    row_bytes = -(-hidden // block) * block * element_bytes
+    buffers = (gpu.shared_memory_per_block_optin // resident - 2**14) // row_bytes
+    return rows, block, warps, resident * gpu.multi_processor_count, max(1, min(stages, 1 + buffers))
+
+
+def forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float, cast_after: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h, rstd) by the kernel: the norm y of h = x + residual, and what `backward` needs; not differentiable.
+
+    Without a residual h is x, or a dense copy of it. rstd is float32, one value a row in memory order.
+    """
+    if not is_dense_with_rows(x):
+        x = x.contiguous()
+    hidden = weight.shape[0]
+    n_rows = x.numel() // hidden
+    # x is walked in memory order, and empty_like has its strides: any order of the leading dims is kept.
+    h = x
+    if residual is not None:
+        residual = with_layout_of(residual, x)
+        h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y = torch.empty_like(h, dtype=h.dtype if cast_after else torch.promote_types(h.dtype, weight.dtype))
+    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    rows, block, warps = forward_tiling(hidden)
+    with launch_device(x):
+        _fwd_kernel[(-(-n_rows // rows),)](
+            x, residual, weight.contiguous(), None if residual is None else h, y, rstd, n_rows, eps, offset,
+            hidden, offset != 0, cast_after, rows, block, num_warps=warps,
+        )  # fmt: skip
+    return y, h, rstd
+
+
+def backward(
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: float,
+    cast_after: bool,
+    need_dx: bool,
+    need_dw: bool,
+    y: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(gradient of h, gradient of weight) from those of y and h; None for what is not needed.
+
+    h and rstd are those of `forward`. y: dense with the layout of h and the dtype of the forward's y, which is
+    written into it again, bit for bit; it may be dy itself, if dy has that layout.
+    """
+    hidden, n_rows = weight.shape[0], rstd.numel()
+    dy = with_layout_of(dy, h)
+    element_bytes = h.element_size() + dy.element_size()
+    if not need_dx:
+        dh = None
+    elif dh is not None:
+        dh = with_layout_of(dh, h)
+        element_bytes += dh.element_size()
+    rows, block, warps, programs, stages = backward_tiling(hidden, element_bytes, h.get_device())
+    programs = min(programs, -(-n_rows // rows))
+    dx = torch.empty_like(h) if need_dx else None
+    partial = torch.empty(programs, hidden, dtype=torch.float32, device=h.device) if need_dw else None
+    with launch_device(h):
+        _bwd_kernel[(programs,)](
+            dy, dh, h, weight.contiguous(), rstd, dx, partial, y, n_rows, offset,
+            hidden, offset != 0, cast_after, rows, block, stages, num_warps=warps,
+        )  # fmt: skip
+        if not need_dw:
+            return dx, None
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        sum_rows(partial, dw)
+    return dx, dw
+
+
+def sum_rows(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Write the sum over the rows of x [R, C], contiguous float32, into y [C]; launches on the current device."""
+    n_rows, n_cols = x.shape
+    _sum_rows_kernel[(-(-n_cols // 16),)](x, y, n_rows, n_cols, 256, 16, num_warps=8)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset, cast_after):
+        y, x, rstd = forward(x, None, weight, eps, offset, cast_after)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.options = offset, cast_after
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *backward(dy, None, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), None, None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, offset, cast_after):
+        ctx.set_materialize_grads(False)
+        y, h, rstd = forward(x, residual, weight, eps, offset, cast_after)
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.options = offset, cast_after
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        # An input cannot be returned as it is: in-place operations on it would go unnoticed.
+        out = h if residual is not None else x.view_as(x)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(out)
+        return y, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dh):
+        need_x, need_residual, need_weight = ctx.needs_input_grad[:3]
+        d, dw = dh, None
+        if dy is not None:
+            h, weight, rstd = ctx.saved_tensors
+            d, dw = backward(dy, dh, h, weight, rstd, *ctx.options, need_x or need_residual, need_weight)
+        x_dtype, residual_dtype = ctx.dtypes
+        dx = d.to(x_dtype) if need_x and d is not None else None
+        dresidual = d.to(residual_dtype) if need_residual and d is not None else None
+        return dx, dresidual, dw, None, None, None
+
+
+def check_rms_norm(
+    op: str, x: torch.Tensor, weight: torch.Tensor, cast: str, residual: torch.Tensor | None = None
+) -> None:
+    if cast not in ("before_weight", "after_weight"):
+        raise ValueError(f"{op}: cast must be 'before_weight' or 'after_weight', got {cast!r}")
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise TypeError(f"{op}: x and weight must be floating point, got {x.dtype} and {weight.dtype}")
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: expected x [..., H] and weight [H], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if residual is not None:
+        if not residual.is_floating_point():
+            raise TypeError(f"{op}: residual must be floating point, got {residual.dtype}")
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"{op}: x and residual must have one shape, got {tuple(x.shape)} and {tuple(residual.shape)}"
+            )
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, offset: float = 0.0, cast: str = "before_weight"
 ) -> torch.Tensor:
     """x / sqrt(mean(x^2, -1) + eps), scaled by (offset + weight); the statistics are in float32.
 
@@ -212,7 +392,41 @@ def rms_norm(
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
-    _check(x, weight, cast)
+    check_rms_norm("rms_norm", x, weight, cast)
     if not use_triton(x, weight):
         return rms_norm_reference(x, weight, eps, offset=offset, cast=cast)
     return _RMSNorm.apply(x, weight, float(eps), float(offset), cast == "after_weight")
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = rms_norm(h) of the residual stream h = x + residual, and h itself.
+
+    The backward adds the gradients that reach h through y and directly, in float32, and gives the one sum
+    to both x and residual.
+
+    Args:
+        x: [..., H], floating point.
+        residual: as x; may have another dtype. None stands for no addition: h is x.
+        weight: [H], floating point; may have another dtype than x.
+        eps, offset, cast: as for `rms_norm`.
+
+    Returns:
+        (y, h), each [..., H]; for a dense x with contiguous last dim, with x's strides. h has the promoted dtype of
+        x and residual. Without a residual it shares x's memory, so that neither may be changed in place.
+
+    Raises:
+        ValueError: for another `cast`, or other shapes than those above.
+        TypeError: if an input is not floating point.
+    """
+    check_rms_norm("add_rms_norm", x, weight, cast, residual)
+    if not use_triton(x, residual, weight):
+        return add_rms_norm_reference(x, residual, weight, eps, offset=offset, cast=cast)
+    return _AddRMSNorm.apply(x, residual, weight, float(eps), float(offset), cast == "after_weight")

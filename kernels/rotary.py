@@ -1,9 +1,12 @@
 """Rotary position embedding in its rotate-half form (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._runtime import launch_device, tl, triton, use_triton
+from ._runtime import jit, launch_device, tl, triton, use_triton
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -15,7 +18,7 @@ def rope_reference(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch `rope`, in the order of operations of the Hugging Face models."""
-    _head_dim(q, k, cos, sin)
+    check_rope("rope", q, k, cos, sin)
     rotated = cos.shape[-1]
 
     def apply(x: torch.Tensor) -> torch.Tensor:
@@ -27,48 +30,87 @@ def rope_reference(
 
 
 @triton.jit
-def _rotate_heads(
-    x_ptr,
-    y_ptr,
-    x_head_stride,
-    y_head_stride,
+def load_heads(
+    ptr,
+    head_stride,
+    first,
     n_heads,
-    c1,
-    c2,
-    s1,
-    s2,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    cols = tl.arange(0, BLOCK_HALF)
-    for start in range(0, n_heads, BLOCK_HEADS):
-        heads = start + tl.arange(0, BLOCK_HEADS)
-        head_mask = (heads < n_heads)[:, None]
-        mask = head_mask & (cols < HALF)[None, :]
-        x_rows = x_ptr + heads.to(tl.int64)[:, None] * x_head_stride
-        y_rows = y_ptr + heads.to(tl.int64)[:, None] * y_head_stride
-        x1 = tl.load(x_rows + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        x2 = tl.load(x_rows + HALF + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        if BACKWARD:
-            y1 = x1 * c1[None, :] + x2 * s2[None, :]
-            y2 = x2 * c2[None, :] - x1 * s1[None, :]
-        else:
-            y1 = x1 * c1[None, :] - x2 * s1[None, :]
-            y2 = x2 * c2[None, :] + x1 * s2[None, :]
-        tl.store(y_rows + cols[None, :], y1.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(y_rows + HALF + cols[None, :], y2.to(y_ptr.dtype.element_ty), mask=mask)
-        if 2 * HALF < D:
-            rest = 2 * HALF + tl.arange(0, BLOCK_REST)
-            rest_mask = head_mask & (rest < D)[None, :]
-            kept = tl.load(x_rows + rest[None, :], mask=rest_mask, other=0.0).to(tl.float32)
-            tl.store(y_rows + rest[None, :], kept.to(y_ptr.dtype.element_ty), mask=rest_mask)
+    """HEADS heads of a token, zero from n_heads on: the two halves that rotate, and the rest if there is one."""
+    heads = first + tl.arange(0, HEADS)
+    head_mask = (heads < n_heads)[:, None]
+    rows = ptr + heads.to(tl.int64)[:, None] * head_stride
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = head_mask & (cols < HALF)
+    tiles = (tl.load(rows + cols, mask=mask, other=0.0), tl.load(rows + HALF + cols, mask=mask, other=0.0))
+    if 2 * HALF < D:
+        rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        tiles = tiles + (tl.load(rows + rest, mask=head_mask & (rest < D), other=0.0),)
+    return tiles
 
 
 @triton.jit
+def store_heads(
+    ptr,
+    tiles,
+    head_stride,
+    first,
+    n_heads,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Write what `load_heads` reads."""
+    heads = first + tl.arange(0, HEADS)
+    head_mask = (heads < n_heads)[:, None]
+    rows = ptr + heads.to(tl.int64)[:, None] * head_stride
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = head_mask & (cols < HALF)
+    tl.store(rows + cols, tiles[0].to(ptr.dtype.element_ty), mask=mask)
+    tl.store(rows + HALF + cols, tiles[1].to(ptr.dtype.element_ty), mask=mask)
+    if 2 * HALF < D:
+        rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        tl.store(rows + rest, tiles[2].to(ptr.dtype.element_ty), mask=head_mask & (rest < D))
+
+
+@triton.jit
+def load_tables(cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """cos and sin of a token, each in two halves [1, BLOCK_HALF]."""
+    cols = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = cols < HALF
+    c1 = tl.load(cos_ptr + cols, mask=mask, other=0.0)
+    c2 = tl.load(cos_ptr + HALF + cols, mask=mask, other=0.0)
+    s1 = tl.load(sin_ptr + cols, mask=mask, other=0.0)
+    s2 = tl.load(sin_ptr + HALF + cols, mask=mask, other=0.0)
+    return c1, c2, s1, s2
+
+
+@triton.jit
+def rotate(tiles, tables, BACKWARD: tl.constexpr):
+    """The tiles of `load_heads`, turned; backward, by the transposed matrix."""
+    x1 = tiles[0].to(tl.float32)
+    x2 = tiles[1].to(tl.float32)
+    c1 = tables[0].to(tl.float32)
+    c2 = tables[1].to(tl.float32)
+    s1 = tables[2].to(tl.float32)
+    s2 = tables[3].to(tl.float32)
+    if BACKWARD:
+        y1 = x1 * c1 + x2 * s2
+        y2 = x2 * c2 - x1 * s1
+    else:
+        y1 = x1 * c1 - x2 * s1
+        y2 = x2 * c2 + x1 * s2
+    return (y1, y2) + tiles[2:]
+
+
+@jit
 def _rope_kernel(
     q_ptr,
     k_ptr,
@@ -77,6 +119,7 @@ def _rope_kernel(
     cos_ptr,
     sin_ptr,
     n_tokens,
+    all_tokens,
     q_heads,
     k_heads,
     q_batch,
@@ -98,34 +141,95 @@ def _rope_kernel(
     D: tl.constexpr,
     HALF: tl.constexpr,
     BACKWARD: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    TOKENS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
 ):
-    """All heads of one token. Backward, q and k are the incoming gradients, yq and yk the outgoing ones."""
-    b = (tl.program_id(0) // n_tokens).to(tl.int64)
-    t = (tl.program_id(0) % n_tokens).to(tl.int64)
-    cols = tl.arange(0, BLOCK_HALF)
-    mask = cols < HALF
-    cos_ptr += b * cos_batch + t * cos_token
-    sin_ptr += b * sin_batch + t * sin_token
-    c1 = tl.load(cos_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    c2 = tl.load(cos_ptr + HALF + cols, mask=mask, other=0.0).to(tl.float32)
-    s1 = tl.load(sin_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    s2 = tl.load(sin_ptr + HALF + cols, mask=mask, other=0.0).to(tl.float32)
-    _rotate_heads(
-        q_ptr + b * q_batch + t * q_token, yq_ptr + b * yq_batch + t * yq_token, q_head, yq_head, q_heads,
-        c1, c2, s1, s2, D, HALF, BACKWARD, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
-    )  # fmt: skip
-    _rotate_heads(
-        k_ptr + b * k_batch + t * k_token, yk_ptr + b * yk_batch + t * yk_token, k_head, yk_head, k_heads,
-        c1, c2, s1, s2, D, HALF, BACKWARD, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
-    )  # fmt: skip
+    """Some heads of some tokens. Backward, q and k are the incoming gradients, yq and yk the outgoing ones."""
+    first_q = tl.program_id(1) * Q_HEADS
+    first_k = tl.program_id(1) * K_HEADS
+    # All is loaded before anything is stored: a load does not overtake a store.
+    tables = ()
+    q = ()
+    k = ()
+    for i in tl.static_range(TOKENS):
+        # At the end some programs turn the last token twice, to the same result.
+        token = tl.minimum(tl.program_id(0) * TOKENS + i, all_tokens - 1)
+        b = (token // n_tokens).to(tl.int64)
+        t = (token % n_tokens).to(tl.int64)
+        table = load_tables(
+            cos_ptr + b * cos_batch + t * cos_token, sin_ptr + b * sin_batch + t * sin_token, HALF, BLOCK_HALF
+        )
+        tables = tables + (table,)
+        q_row = q_ptr + b * q_batch + t * q_token
+        k_row = k_ptr + b * k_batch + t * k_token
+        q = q + (load_heads(q_row, q_head, first_q, q_heads, D, HALF, Q_HEADS, BLOCK_HALF, BLOCK_REST),)
+        k = k + (load_heads(k_row, k_head, first_k, k_heads, D, HALF, K_HEADS, BLOCK_HALF, BLOCK_REST),)
+    for i in tl.static_range(TOKENS):
+        token = tl.minimum(tl.program_id(0) * TOKENS + i, all_tokens - 1)
+        b = (token // n_tokens).to(tl.int64)
+        t = (token % n_tokens).to(tl.int64)
+        yq = rotate(q[i], tables[i], BACKWARD)
+        yk = rotate(k[i], tables[i], BACKWARD)
+        yq_row = yq_ptr + b * yq_batch + t * yq_token
+        yk_row = yk_ptr + b * yk_batch + t * yk_token
+        store_heads(yq_row, yq, yq_head, first_q, q_heads, D, HALF, Q_HEADS, BLOCK_HALF, BLOCK_REST)
+        store_heads(yk_row, yk, yk_head, first_k, k_heads, D, HALF, K_HEADS, BLOCK_HALF, BLOCK_REST)
 
 
-def _empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def empty_with_strides_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """With the strides of a dense x, and always with contiguous last dim."""
     y = torch.empty_like(x, dtype=dtype)
     return y if y.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+class Tiling(NamedTuple):
+    """What one program of the kernel works on."""
+
+    tokens: int
+    q_heads: int
+    k_heads: int
+    blocks: int  # of heads, so many of q and so many of k
+    warps: int
+
+
+def split_heads(q_heads: int, k_heads: int, most: int) -> tuple[int, int, int]:
+    """(heads of q, heads of k, blocks): blocks of at most so many heads, each with its share of q and of k."""
+    blocks = max(1, triton.cdiv(max(q_heads, k_heads), most))
+    q, k = (triton.next_power_of_2(max(1, triton.cdiv(n, blocks))) for n in (q_heads, k_heads))
+    return q, k, max(triton.cdiv(q_heads, q), triton.cdiv(k_heads, k))
+
+
+@functools.cache
+def blocks_of(width: int, rotated: int) -> tuple[int, int, int]:
+    """(half of what rotates, the block that holds it, the block that holds the rest of a head)."""
+    half = rotated // 2
+    return half, max(16, triton.next_power_of_2(half)), triton.next_power_of_2(max(1, width - rotated))
+
+
+def strides_of(head_dim: int, *tensors: torch.Tensor) -> list[int]:
+    """Of the batch, the tokens and the heads of each tensor."""
+    strides = []
+    for tensor in tensors:
+        batch, *middle, _ = tensor.stride()
+        strides += batch, middle[2 - head_dim], middle[head_dim - 1]
+    return strides
+
+
+def table_strides_of(head_dim: int, *tables: torch.Tensor) -> list[int]:
+    """Of the batch and the tokens of each table; 0 where all share one."""
+    return [t.stride(d) if t.shape[d] > 1 else 0 for t in tables for d in (0, 3 - head_dim)]
+
+
+@functools.cache
+def tiling(q_heads: int, k_heads: int, block_half: int) -> Tiling:
+    q, k, blocks = split_heads(q_heads, k_heads, max(1, 2048 // block_half))
+    # 2048 elements of each half: 16 a thread, in two 16-byte loads of a 16-bit dtype. A smaller tile gets fewer
+    # warps, to keep the loads that wide.
+    tile = max(q, k) * block_half
+    return Tiling(1, q, k, blocks, min(4, max(1, tile // 256)))
 
 
 def _launch(
@@ -145,22 +249,14 @@ def _launch(
         tensors.append((x if x.stride(-1) == 1 else x.contiguous(), y))
         heads.append(x.shape[head_dim] if pair else 0)
     (q, yq), (k, yk) = tensors
-    strides = [t.stride(d) for t in (q, k, yq, yk) for d in (0, token_dim, head_dim)]
-    tables = []
-    for table in (cos, sin):
-        table = table if table.stride(-1) == 1 else table.contiguous()
-        tables.append(table)
-        strides += [table.stride(d) if table.shape[d] > 1 else 0 for d in (0, token_dim)]
-    half = cos.shape[-1] // 2
-    block_half = max(16, triton.next_power_of_2(half))
-    # 2048 elements of each half: one or two steps for the head counts of common models. A smaller tile gets
-    # fewer warps, to keep 16-byte accesses.
-    block_heads = min(triton.next_power_of_2(max(heads)), max(1, 2048 // block_half))
+    cos, sin = (table if table.stride(-1) == 1 else table.contiguous() for table in (cos, sin))
+    half, block_half, block_rest = blocks_of(width, cos.shape[-1])
+    tokens, q_block, k_block, blocks, warps = tiling(*heads, block_half)
     with launch_device(q):
-        _rope_kernel[(batch * n_tokens,)](
-            q, k, yq, yk, *tables, n_tokens, *heads, *strides, width, half, backward,
-            block_heads, block_half, triton.next_power_of_2(max(1, width - 2 * half)),
-            num_warps=min(4, max(1, block_heads * block_half // 256)),
+        _rope_kernel[(-(-batch * n_tokens // tokens), blocks)](
+            q, k, yq, yk, cos, sin, n_tokens, batch * n_tokens, *heads,
+            *strides_of(head_dim, q, k, yq, yk), *table_strides_of(head_dim, cos, sin),
+            width, half, backward, block_half, block_rest, tokens, q_block, k_block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -169,7 +265,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, head_dim):
         ctx.set_materialize_grads(False)
         table_dtype = torch.promote_types(cos.dtype, sin.dtype)
-        outputs = [_empty_like(x, torch.promote_types(x.dtype, table_dtype)) for x in (q, k)]
+        outputs = [empty_with_strides_of(x, torch.promote_types(x.dtype, table_dtype)) for x in (q, k)]
         _launch([(q, outputs[0]), (k, outputs[1])], cos, sin, head_dim, False)
         ctx.mark_non_differentiable(*(outputs[i] for i in (0, 1) if not ctx.needs_input_grad[i]))
         ctx.save_for_backward(cos, sin)
@@ -191,24 +287,27 @@ class _Rope(torch.autograd.Function):
         return *(None if pair is None else pair[1] for pair in pairs), None, None, None
 
 
-def _head_dim(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> int:
+def check_rope(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> int:
     """Check the arguments and return which dim of q and k (1 or 2) counts the heads."""
-    if not all(t.is_floating_point() for t in (q, k, cos, sin)):
-        raise TypeError(f"rope: expected floating-point inputs, got {[t.dtype for t in (q, k, cos, sin)]}")
-    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+    if not (q.is_floating_point() and k.is_floating_point() and cos.is_floating_point() and sin.is_floating_point()):
+        raise TypeError(f"{op}: expected floating-point inputs, got {[t.dtype for t in (q, k, cos, sin)]}")
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"rope: q and k must be 4-D with equal batch and head size, {shapes}")
-    if cos.shape != sin.shape or not 1 <= cos.dim() <= 4:
-        raise ValueError(f"rope: cos and sin must have one shape of at most 4 dims, {shapes}")
-    batch, *middle, rotated = (1,) * (4 - cos.dim()) + tuple(cos.shape)
-    if rotated % 2 or rotated > q.shape[3]:
-        raise ValueError(f"rope: the last dim of cos must be even and at most the head size, {shapes}")
-    if batch in (1, q.shape[0]):
-        for heads, tokens in ((1, 2), (2, 1)):
-            same_tokens = q.shape[tokens] == k.shape[tokens]
-            if middle[heads - 1] == 1 and same_tokens and middle[tokens - 1] in (1, q.shape[tokens]):
-                return heads
-    raise ValueError(f"rope: cos must be [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2, {shapes}")
+        problem = "q and k must be 4-D with equal batch and head size"
+    elif cos.shape != sin.shape or not 1 <= cos.dim() <= 4:
+        problem = "cos and sin must have one shape of at most 4 dims"
+    else:
+        batch, *middle, rotated = (1,) * (4 - cos.dim()) + tuple(cos.shape)
+        if rotated % 2 or rotated > q.shape[3]:
+            problem = "the last dim of cos must be even and at most the head size"
+        else:
+            if batch in (1, q.shape[0]):
+                for heads, tokens in ((1, 2), (2, 1)):
+                    same_tokens = q.shape[tokens] == k.shape[tokens]
+                    if middle[heads - 1] == 1 and same_tokens and middle[tokens - 1] in (1, q.shape[tokens]):
+                        return heads
+            problem = "cos must be [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2"
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
+    raise ValueError(f"{op}: {problem}, {shapes}")
 
 
 def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,7 +331,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
     arXiv:2104.09864.
     """
-    head_dim = _head_dim(q, k, cos, sin)
+    head_dim = check_rope("rope", q, k, cos, sin)
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, cos, sin):
         return rope_reference(q, k, cos, sin)

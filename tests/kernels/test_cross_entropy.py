@@ -10,8 +10,9 @@ VARIANTS = [
     {"reduction": "sum"},
     {"label_smoothing": 0.1},
     {"softcap": 3.0},
-    {"scale": 0.3},
-    {"label_smoothing": 0.2, "softcap": 2.0, "scale": 1.7, "reduction": "sum", "ignore_index": 2},
+    {"scale": -0.3},
+    {"z_loss": 0.1},
+    {"label_smoothing": 0.2, "softcap": 2.0, "scale": 1.7, "reduction": "sum", "ignore_index": 2, "z_loss": 0.01},
 ]
 
 
@@ -26,7 +27,7 @@ def _target(shape, vocab, device, ignore=-100):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("shape", [(5, 1), (4, 7), (2, 3, 130), (3, 4100), (50,)])
+@pytest.mark.parametrize("shape", [(5, 1), (4, 7), (2, 3, 130), (3, 4100), (2, 8192), (50,)])
 def test_matches_reference(device, poison, assert_matches, shape, options):
     target = _target(shape[:-1], shape[-1], device, options.get("ignore_index", -100))
     if not shape[:-1]:
@@ -56,10 +57,10 @@ def test_first_block_masked_out(device, assert_matches):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_all_ignored(device, poison, reduction, label_smoothing):
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}], ids=str)
+def test_all_ignored(device, poison, reduction, options):
     target = torch.full((4,), -100, device=device)
-    for function in _pair(target, reduction=reduction, label_smoothing=label_smoothing):
+    for function in _pair(target, reduction=reduction, **options):
         logits = torch.randn(4, 9, device=device, requires_grad=True)
         loss = function(logits)
         loss.backward()
@@ -97,6 +98,23 @@ def test_target_out_of_range_gives_nan(device, bad):
     loss.backward()
     assert loss.isnan() and logits.grad[1].isnan().all()
     assert logits.grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_bad_logits_give_nan(device, bad):
+    logits = torch.randn(3, 5000, device=device)
+    logits[1, 4500] = bad
+    logits.requires_grad_()
+    loss = cross_entropy(logits, torch.tensor([1, 2, 3], device=device))
+    loss.backward()
+    assert loss.isnan() and logits.grad[[0, 2]].isfinite().all() and logits.grad[1].isnan().any()
+
+
+def test_z_loss_formula(device):
+    logits, target = torch.randn(3, 10, device=device), torch.tensor([1, -100, 3], device=device)
+    lse = torch.logsumexp(logits, -1)
+    extra = cross_entropy(logits, target, z_loss=0.5) - cross_entropy(logits, target)
+    torch.testing.assert_close(extra, 0.25 * (lse[0] ** 2 + lse[2] ** 2))
 
 
 def test_errors():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ligerfx.kernels import rope, rope_reference
+from ligerfx.kernels import rope, rope_reference, rotary
 
 
 def _inputs(device, batch=2, q_heads=3, k_heads=2, tokens=5, width=16, rotated=None, table_batch=1, dtype=None):
@@ -108,6 +108,13 @@ def test_one_output_used_and_expanded_gradient(device, poison, used):
 
 def test_gradient_of_the_tables(device, assert_matches):
     assert_matches(rope, rope_reference, _inputs(device))
+
+
+@pytest.mark.parametrize("tokens, q_heads, k_heads, blocks", [(2, 4, 2, 1), (3, 2, 1, 2), (1, 1, 1, 3)])
+def test_tilings(device, poison, monkeypatch, assert_matches, tokens, q_heads, k_heads, blocks):
+    """Whatever the tiling, the result is the same."""
+    monkeypatch.setattr(rotary, "tiling", lambda *_: rotary.Tiling(tokens, q_heads, k_heads, blocks, 4))
+    _matches(assert_matches, _inputs(device))
 
 
 @pytest.mark.parametrize("sizes", [{"tokens": 0}, {"batch": 0}, {"q_heads": 0}], ids=str)

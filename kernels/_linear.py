@@ -1,0 +1,34 @@
+"""What the ops that take in linear layers share."""
+
+import contextlib
+
+import torch
+
+from ._runtime import autocast_dtype
+
+
+def is_plain_linear(dtype: torch.dtype, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether the linear layer takes inputs of that dtype as they are."""
+    return weight.dtype == dtype and (bias is None or bias.dtype == dtype)
+
+
+def no_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off on the tensor's device: a backward runs in the dtypes of its forward, wherever it is called.
+
+    torch.autocast costs some microseconds even to disable, so it is entered only if it is on.
+    """
+    kind = tensor.device.type
+    return contextlib.nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
+
+
+def check_linear(op: str, features: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless weight is [N, features], bias is [N], and neither is integer."""
+    tensors = (weight,) if bias is None else (weight, bias)
+    for tensor in tensors:
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"{op}: expected floating-point inputs, got {tensor.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != features or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"{op}: expected weight [N, K] and bias [N] or None for an input [..., K]; got "
+            f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)} for K = {features}"
+        )

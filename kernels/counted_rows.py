@@ -1,0 +1,62 @@
+"""Which rows of a target count in a loss, found before the loss needs to know."""
+
+import torch
+
+
+class CountedRows:
+    """Which rows of a target count in a loss: the result of `rows_that_count`, perhaps still on its way.
+
+    Attributes:
+        size: rows in the target.
+        ignore_index: the target of rows that do not count.
+        n_valid: how many rows count, an int64 scalar on the target's device.
+    """
+
+    def __init__(self, target: torch.Tensor, ignore_index: int):
+        target = target.reshape(-1)
+        counts = target != ignore_index
+        self.size, self.ignore_index, self.n_valid = target.numel(), ignore_index, counts.sum()
+        self._order = self._n_valid = self._arrived = None
+        # How many rows are kept decides the shapes, which a CUDA graph could not follow.
+        if type(target) is torch.Tensor and not capturing(target):
+            # The rows that count come first, in order, without their number being known here.
+            self._order = counts.argsort(descending=True, stable=True)
+            if target.is_cuda:
+                self._n_valid = torch.empty((), dtype=torch.int64, pin_memory=True)
+                self._n_valid.copy_(self.n_valid, non_blocking=True)
+                self._arrived = torch.cuda.Event()
+                self._arrived.record(torch.cuda.current_stream(target.device))
+            else:
+                self._n_valid = self.n_valid
+
+    def kept(self) -> torch.Tensor | None:
+        """The indices of the rows that count, ascending, int64; None for all. Waits until the device has them."""
+        if self._order is None:
+            return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        n_valid = int(self._n_valid)
+        return None if n_valid == self.size else self._order[:n_valid]
+
+
+def capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRows:
+    """Start to find the rows of target that are not ignored, for `linear_cross_entropy(..., rows=...)`.
+
+    `linear_cross_entropy` must know their number before it can queue its matrix products. Called where the target
+    first exists, such as at the start of a model's forward, this queues the search and a copy of the number to the
+    host, and returns at once; the loss then waits for what was queued before this call, not for the forward pass.
+
+    Args:
+        target: int64, any shape.
+        ignore_index: the target of rows that do not count.
+
+    Raises:
+        TypeError: if target is not int64.
+    """
+    if target.dtype != torch.int64:
+        raise TypeError(f"rows_that_count: target must be int64, got {target.dtype}")
+    return CountedRows(target, ignore_index)

@@ -1,0 +1,174 @@
+"""A gated linear unit and the linear layer after it (the second half of a Llama MLP).
+
+The unit's result z is not kept for the backward: the kernel that writes the gradients of gate and up reads all
+that z is made of, and writes it again over its own gradient, for the weight's gradient to be computed from.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ._linear import check_linear, is_plain_linear, no_autocast
+from ._runtime import autocast_dtype, use_triton
+from .gated import (
+    check_glu,
+    check_packed_glu,
+    glu,
+    glu_backward,
+    glu_forward,
+    glu_reference,
+    packed_glu,
+    packed_glu_reference,
+)
+
+
+def glu_linear_reference(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Plain PyTorch `glu_linear`."""
+    _check(gate, up, weight, bias, activation)
+    return F.linear(glu_reference(gate, up, activation), weight, bias)
+
+
+def packed_glu_linear_reference(
+    gate_up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Plain PyTorch `packed_glu_linear`."""
+    _check_packed(gate_up, weight, bias, activation)
+    return F.linear(packed_glu_reference(gate_up, activation), weight, bias)
+
+
+def _unfused(gate, up, weight, bias, activation):
+    """What autocast and promotion are left to: the kernel, then the eager layer."""
+    z = packed_glu(gate, activation) if up is None else glu(gate, up, activation)
+    return F.linear(z, weight, bias)
+
+
+class _GLULinear(torch.autograd.Function):
+    """gate is the packed gate and up if up is None."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, activation, recompute):
+        need_gate, need_up, need_w = ctx.needs_input_grad[:3]
+        need_z = need_gate or need_up
+        z = glu_forward(*_halves(gate, up), activation)
+        kept = z if need_w and not recompute else None
+        inputs = (gate, up) if need_z or (need_w and recompute) else (None, None)
+        ctx.save_for_backward(*inputs, weight if need_z else None, kept)
+        ctx.activation = activation
+        return F.linear(z, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up, weight, z = ctx.saved_tensors
+        need_gate, need_up, need_w, need_b = ctx.needs_input_grad[:4]
+        rows = dy.reshape(-1, dy.shape[-1])
+        dgate = dup = dw = None
+        with no_autocast(dy):
+            if need_gate or need_up:
+                dz = torch.mm(rows, weight)  # [rows, I]
+                dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need_gate else None
+                dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if need_up else None
+                if up is None:
+                    halves = dgate.view(-1, gate.shape[-1]).chunk(2, dim=-1)
+                else:
+                    halves = [g if g is None else g.view(dz.shape) for g in (dgate, dup)]
+                again = dz if need_w and z is None else None  # z takes the place of its gradient
+                glu_backward(dz, *_halves(gate, up), *halves, ctx.activation, again)
+                z = dz if z is None else z
+            elif need_w and z is None:
+                z = glu_forward(*_halves(gate, up), ctx.activation)
+            if need_w:
+                dw = torch.mm(rows.t(), z.view(-1, z.shape[-1]))
+            db = rows.sum(0) if need_b else None
+        return dgate, dup, dw, db, None, None
+
+
+def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+
+
+def _check(gate, up, weight, bias, activation):
+    check_glu("glu_linear", gate, up, activation)
+    check_linear("glu_linear", gate.shape[-1], weight, bias)
+
+
+def _check_packed(gate_up, weight, bias, activation):
+    check_packed_glu("packed_glu_linear", gate_up, activation)
+    check_linear("packed_glu_linear", gate_up.shape[-1] // 2, weight, bias)
+
+
+def glu_linear(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    *,
+    recompute: bool = True,
+) -> torch.Tensor:
+    """F.linear(act(gate) * up, weight, bias), keeping only gate and up for the backward.
+
+    Args:
+        gate: [..., I], floating point. Rows one stride apart (halves of a packed tensor) are not copied.
+        up: [..., I], floating point.
+        weight: [N, I], of the promoted dtype of gate and up. If it needs no gradient (LoRA), the backward
+            does not compute act(gate) * up again.
+        bias: [N] or None.
+        activation: as for `glu`.
+        recompute: False keeps act(gate) * up for the backward, which then has one write of it less to do.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        ValueError: for an unknown activation, gate and up of different shapes, or a weight or bias that does
+            not fit them.
+        TypeError: if gate or up is not floating point, or weight or bias is of an integer dtype.
+
+    Under autocast, and where dtypes differ, this is `glu` and then the eager layer.
+    """
+    _check(gate, up, weight, bias, activation)
+    if not use_triton(gate, up, weight, bias):
+        return glu_linear_reference(gate, up, weight, bias, activation)
+    dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
+    if autocast_dtype(gate.device.type) is not None or not is_plain_linear(dtype, weight, bias):
+        return _unfused(gate, up, weight, bias, activation)
+    return _GLULinear.apply(gate, up, weight, bias, activation, recompute)
+
+
+def packed_glu_linear(
+    gate_up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    *,
+    recompute: bool = True,
+) -> torch.Tensor:
+    """`glu_linear` of the two halves of the last dim of gate_up.
+
+    Args:
+        gate_up: [..., 2 * I], floating point, the gate first.
+        weight, bias, activation, recompute: as for `glu_linear`.
+
+    Returns:
+        [..., N]. The gradient of gate_up is one [..., 2 * I] tensor.
+
+    Raises:
+        ValueError: for an unknown activation, a last dim of odd size, or a weight or bias that does not fit.
+        TypeError: if gate_up is not floating point, or weight or bias is of an integer dtype.
+    """
+    _check_packed(gate_up, weight, bias, activation)
+    if not use_triton(gate_up, weight, bias):
+        return packed_glu_linear_reference(gate_up, weight, bias, activation)
+    if autocast_dtype(gate_up.device.type) is not None or not is_plain_linear(gate_up.dtype, weight, bias):
+        return _unfused(gate_up, None, weight, bias, activation)
+    return _GLULinear.apply(gate_up, None, weight, bias, activation, recompute)

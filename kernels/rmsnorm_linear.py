@@ -1,0 +1,167 @@
+"""RMSNorm and the linear layers that read it (q, k and v; gate and up), with the residual stream handed on.
+
+The normalised y is not kept for the backward: the kernel that turns y's gradient into x's reads all that y is
+made of, and writes it again over that gradient, for the weights' gradients to be computed from. What would
+be separate additions are addends: each layer's share of y's gradient of the next matrix product, and the
+residual stream's gradient of the norm's kernel. That is why x is among the outputs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import rmsnorm
+from ._linear import check_linear, is_plain_linear, no_autocast
+from ._runtime import autocast_dtype, use_triton
+
+
+def rms_norm_linear_reference(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] | None = None,
+    eps: float = 1e-6,
+    *,
+    residual: torch.Tensor | None = None,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> tuple[torch.Tensor, ...]:
+    """Plain PyTorch `rms_norm_linear`."""
+    biases = _check(x, norm_weight, weights, biases, residual, cast)
+    y, h = rmsnorm.add_rms_norm_reference(x, residual, norm_weight, eps, offset=offset, cast=cast)
+    return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)), h
+
+
+def _unfused(x, norm_weight, weights, biases, eps, residual, offset, cast):
+    """What autocast, promotion and other layouts are left to: the norm's kernel, then the eager layers."""
+    y, h = rmsnorm.add_rms_norm(x, residual, norm_weight, eps, offset=offset, cast=cast)
+    return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)), h
+
+
+class _RMSNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, options, *layers):
+        eps, offset, cast_after, recompute = options
+        n = len(layers) // 2
+        weights, biases = layers[:n], layers[n:]
+        y, h, rstd = rmsnorm.forward(x, residual, norm_weight, eps, offset, cast_after)
+        kept = None if recompute or not any(ctx.needs_input_grad[4 : 4 + n]) else y
+        ctx.save_for_backward(h, norm_weight, rstd, kept, *weights)
+        ctx.options = options[:3]
+        ctx.set_materialize_grads(False)
+        # An input cannot be returned as it is: in-place operations on it would go unnoticed.
+        stream = x.view_as(x) if residual is None else h
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(stream)
+        return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)), stream
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        *douts, dh = grads
+        h, norm_weight, rstd, y, *weights = ctx.saved_tensors
+        eps, offset, cast_after = ctx.options
+        need_x, need_r, need_norm, _, *needs = ctx.needs_input_grad
+        need_w, need_b = needs[: len(weights)], needs[len(weights) :]
+        # A layer whose output went unused has no gradient.
+        douts = [d if d is None else d.reshape(-1, d.shape[-1]) for d in douts]
+        need_w = [need and d is not None for need, d in zip(need_w, douts, strict=True)]
+        need_b = [need and d is not None for need, d in zip(need_b, douts, strict=True)]
+        need_dx = need_x or need_r
+        dx = dnorm = None
+        with no_autocast(h):
+            if need_dx or need_norm:
+                dy = None
+                for d, weight in zip(douts, weights, strict=True):
+                    if d is not None:
+                        dy = torch.mm(d, weight) if dy is None else dy.addmm_(d, weight)
+                if dy is None:
+                    dx = dh if need_dx else None
+                else:
+                    dy = dy.view(h.shape)
+                    again = dy if y is None and need_dx and any(need_w) else None  # y takes the place of its gradient
+                    dx, dnorm = rmsnorm.backward(
+                        dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, again
+                    )
+                    y = again if y is None else y
+            if y is None and any(need_w):
+                y, _, _ = rmsnorm.forward(h, None, norm_weight, eps, offset, cast_after)
+            if y is not None:
+                y = y.view(-1, y.shape[-1])
+            dweights = [torch.mm(d.t(), y) if need else None for d, need in zip(douts, need_w, strict=True)]
+            dbiases = [d.sum(0) if need else None for d, need in zip(douts, need_b, strict=True)]
+        return dx if need_x else None, dx if need_r else None, dnorm, None, *dweights, *dbiases
+
+
+def _check(x, norm_weight, weights, biases, residual, cast):
+    """The biases, one a weight, after raising for what does not fit."""
+    rmsnorm.check_rms_norm("rms_norm_linear", x, norm_weight, cast, residual)
+    if not 1 <= len(weights) <= 4:
+        raise ValueError(f"rms_norm_linear: expected 1 to 4 weights, got {len(weights)}")
+    if biases is None:
+        biases = (None,) * len(weights)
+    elif len(biases) != len(weights):
+        raise ValueError(f"rms_norm_linear: expected a bias or None a weight, got {len(biases)} for {len(weights)}")
+    for weight, bias in zip(weights, biases, strict=True):
+        check_linear("rms_norm_linear", norm_weight.shape[0], weight, bias)
+    return biases
+
+
+def rms_norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] | None = None,
+    eps: float = 1e-6,
+    *,
+    residual: torch.Tensor | None = None,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+    recompute: bool = True,
+) -> tuple[torch.Tensor, ...]:
+    """F.linear(y, weight, bias) for each weight, with y = rms_norm(h, norm_weight), and h = x + residual.
+
+    Kept for the backward are h and one number a row. The gradient that comes to h from the residual stream is
+    added where x's gradient is written, if the stream continues from the h returned here.
+
+    Args:
+        x: [..., H], floating point.
+        norm_weight: [H], floating point; may have another dtype than x.
+        weights: one to four of [N_i, H], of y's dtype. If none needs a gradient (LoRA), the backward does not
+            compute y again.
+        biases: for each weight [N_i] or None; None: no biases.
+        eps, offset, cast: as for `rms_norm`.
+        residual: [..., H], or None for h = x.
+        recompute: False keeps y for the backward, which then has one write of it less to do.
+
+    Returns:
+        A tensor [..., N_i] for each weight, then h [..., H]. Without a residual, h shares x's memory, so that
+        neither may be changed in place.
+
+    Raises:
+        ValueError: for shapes or numbers of weights other than these, or another `cast`.
+        TypeError: if x, norm_weight or residual is not floating point, or a weight or bias is of an integer dtype.
+
+    Under autocast, and where dtypes differ or x or the residual is not contiguous, this is `add_rms_norm` and
+    then the eager operations.
+    """
+    biases = _check(x, norm_weight, weights, biases, residual, cast)
+    if not use_triton(x, residual, norm_weight, *weights, *biases):
+        return rms_norm_linear_reference(
+            x, norm_weight, weights, biases, eps, residual=residual, offset=offset, cast=cast
+        )
+    cast_after = cast == "after_weight"
+    dtype = x.dtype
+    if not cast_after and norm_weight.dtype != dtype:
+        dtype = torch.promote_types(dtype, norm_weight.dtype)
+    if (
+        autocast_dtype(x.device.type) is not None
+        or not x.is_contiguous()
+        or (residual is not None and not (residual.dtype == x.dtype and residual.is_contiguous()))
+        or not all(is_plain_linear(dtype, w, b) for w, b in zip(weights, biases, strict=True))
+    ):
+        return _unfused(x, norm_weight, weights, biases, eps, residual, offset, cast)
+    options = (float(eps), float(offset), cast_after, recompute)
+    return _RMSNormLinear.apply(x, residual, norm_weight, options, *weights, *biases)

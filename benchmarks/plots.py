@@ -1,9 +1,9 @@
-"""Bar plots of what `benchmarks.kernels` measured.
+"""Plots of what `benchmarks.kernels` or `benchmarks.memory` measured.
 
     python -m benchmarks.plots RESULTS.json -o docs/benchmarks
 
-Writes kernels.png (the memory-bound kernels: share of the copy bandwidth) and loss.png (linear layer and cross
-entropy: time and memory), each if the file has such results.
+Of kernels, writes kernels.png (the memory-bound ones: share of the copy bandwidth) and loss.png (linear layer and
+cross entropy: time and memory); of memory, memory-seq.png and memory-vocab.png. Each if the file has such results.
 """
 
 import argparse
@@ -19,13 +19,17 @@ from matplotlib.axes import Axes  # noqa: E402
 
 COLOURS = {
     "ligerfx": "tab:red",
+    "ligerfx-bf16": "tab:pink",
+    "ligerfx-low": "tab:pink",
     "eager": "tab:gray",
     "liger": "tab:blue",
     "inductor": "tab:orange",
     "aten": "tab:green",
     "cce": "tab:purple",
+    "compile": "tab:orange",
 }
 LOSS = "linear_cross_entropy"
+AXES = {"seq": "sequence length", "vocab": "vocabulary"}
 
 Result = dict[str, Any]
 
@@ -88,6 +92,39 @@ def loss(results: list[Result], conditions: str, path: Path) -> None:
     save(figure, f"Linear layer and cross entropy, forward and backward\n{conditions}", path)
 
 
+def memory(report: dict[str, Any], axis: str, path: Path) -> None:
+    """Peak memory, a line for each variant; a cross on top at the smallest size that did not fit."""
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    points = [point for point in report["points"] if point["axis"] == axis and "size" in point]
+    fitting = [point for point in points if point["fits"] and point["peak_gib"]]
+    top = report["card_gib"] or max(point["peak_gib"] for point in fitting)
+    for variant in dict.fromkeys(point["variant"] for point in points):
+        mine = sorted((p["size"], p["peak_gib"]) for p in fitting if p["variant"] == variant)
+        sizes, peaks = [size for size, _ in mine], [peak for _, peak in mine]
+        axes.plot(sizes, peaks, marker="o", markersize=4, color=COLOURS[variant], label=variant)
+        if too_large := [p["size"] for p in points if p["variant"] == variant and not p["fits"]]:
+            axes.plot(min(too_large), top, "x", markersize=9, color=COLOURS[variant])
+    if report["card_gib"]:
+        axes.axhline(top, color="black", linewidth=0.8, linestyle="--")
+        place = {"xycoords": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 8}
+        axes.annotate("memory of the card; x: does not fit", (0.01, top), **place)
+    ticks = [size for size in sorted({point["size"] for point in points}) if size & (size - 1) == 0]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{size // 1024}k" if size >= 1024 else str(size) for size in ticks])
+    axes.set_ylim(0, top * 1.1)
+    axes.set_xlabel(f"{AXES[axis]}, tokens")
+    axes.set_ylabel("peak memory, GiB")
+    axes.grid(alpha=0.3)
+    fixed = {"seq": f"vocabulary {report['config']['vocab_size']}", "vocab": f"sequence {report['seq_of_vocabs']}"}
+    environment = report["environment"]
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "liger-kernel"))
+    where = (
+        f"{report['model']} shape, batch 1, {fixed[axis]}, bf16, SDPA, weights and gradients included, no optimizer\n"
+        f"{environment['device']}, {versions}"
+    )
+    save(figure, f"Peak memory of one forward and backward pass\n{where}", path)
+
+
 def save(figure: plt.Figure, title: str, path: Path) -> None:
     axes = figure.axes[0]
     axes.legend(ncols=len(COLOURS), fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.01), frameon=False)
@@ -109,12 +146,18 @@ def conditions(environment: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what `benchmarks.kernels --json` wrote")
+    parser.add_argument("results", type=Path, help="what `benchmarks.kernels` or `benchmarks.memory` wrote")
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/benchmarks"), help="folder to write to")
     arguments = parser.parse_args()
 
     report = json.loads(arguments.results.read_text())
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if "points" in report:
+        for axis in dict.fromkeys(point["axis"] for point in report["points"]):
+            path = arguments.out / f"memory-{axis}.png"
+            memory(report, axis, path)
+            print(path)
+        return
     title = conditions(report["environment"])
     losses = [result for result in report["results"] if result["op"] == LOSS]
     others = [result for result in report["results"] if result["op"] != LOSS]

@@ -212,6 +212,12 @@ def op_name(node: Node) -> str | None:
     return None
 
 
+def is_pure(node: Node) -> bool:
+    """Whether the node is an operation of torch that gives the same wherever in the graph it stands."""
+    name = op_name(node)
+    return name is not None and node.op != "call_module" and name not in _IMPURE
+
+
 _RULES: dict[str, Callable[..., sympy.Expr | None]] = {}
 _IMPURE = {
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu",

@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch.nn.modules import module as _global
 
 PLAIN = (
     str, bool, int, float, complex, type(None), type(...),
@@ -65,7 +66,8 @@ class Capture:
     reads: list[Read] = dataclasses.field(default_factory=list)
     guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
     children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
-    absorbed: dict[str, type] = dataclasses.field(default_factory=dict)  # modules without a call of their own
+    # Modules without a call of their own in the graph: path -> (class, names of its parameters).
+    absorbed: dict[str, tuple[type, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
     grad_enabled: bool | None = None  # where forward itself switches the grad mode
     error: str | None = None
     output: Any = None
@@ -111,12 +113,16 @@ def works_in_place(name: str, kwargs: dict[str, Any]) -> bool:
 
 def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...]) -> bool:
     """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else."""
-    return (
-        type(module) is cls
-        and "forward" not in vars(module)
-        and not has_hooks(module)
-        and present_parameters(module) == parameters
-    )
+    if getattr(type(module), "_original_class", type(module)) is not cls or has_hooks(module):
+        return False
+    table = module.__dict__["_parameters"]
+    present = 0
+    for value in table.values():
+        present += value is not None
+    for name in parameters:
+        if table.get(name) is None:
+            return False
+    return present == len(parameters) and "forward" not in module.__dict__
 
 
 def present_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -126,8 +132,16 @@ def present_parameters(module: nn.Module) -> tuple[str, ...]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
+    state = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or _global._global_forward_hooks
+        or _global._global_forward_pre_hooks
+        or _global._global_backward_hooks
+        or _global._global_backward_pre_hooks
     )
 
 

@@ -21,14 +21,15 @@ from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cas
 from .capture import works_in_place
 from .errors import CaptureError
 from .pattern import Pattern, Variant, check_dimensions
-from .symbols import FakeInputs
+from .symbols import FakeInputs, expression
 from .tracer import Tracer
 
 NEARLY = 0.5
 """The share of a pattern that must have been recognised for a failure to be reported."""
 
-MISFIT, OBSTRUCTED = 1.1, 1.2
-"""How far a match came that was proposed but whose inputs do not fit, and one that was proved but cannot be used."""
+UNPROVED, MISFIT, OBSTRUCTED = 0.995, 1.1, 1.2
+"""How far a match came that was proposed but could not be used if it were proved, one whose inputs do not fit, and one
+that was proved but cannot be used."""
 
 
 @dataclass(eq=False)
@@ -41,6 +42,24 @@ class Match:
     outputs: list[Node]
     interior: set[Node]
     source: tuple[tuple[str, str], ...] = ()  # where the model computes this: (file:line, text), in order
+
+    @property
+    def reach(self) -> set[str]:
+        """The modules, by path from the one that is matched, whose graphs the match takes part in."""
+        return {node.meta.get("scope", "") for node in (*self.interior, *self.later_users())}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that it would do is to hand on an input that nothing takes."""
+        return self.pattern.forks is not None and len(self.outputs) == 1 and not self.later_users()
+
+    def later_users(self) -> list[Node]:
+        """What uses the input that the pattern forks, besides the match."""
+        if self.pattern.forks is None:
+            return []
+        users = self.inputs[self.pattern.forks].users
+        first = min(self.outputs)
+        return [user for user in users if user not in self.interior and user > first]
 
 
 @dataclass(eq=False)
@@ -78,15 +97,16 @@ class _View:
         self.terms = Terms()
         self.values: dict[Node, sympy.Expr] = {}
         self.nodes_of: dict[sympy.Expr, list[Node]] = {}
-        self.cuts: dict[Node, sympy.Symbol] = {}
         self.computed: dict[Node, sympy.Expr] = {}  # the same, but for the node itself, which is not cut
+        self.inner: dict[sympy.Symbol, sympy.Expr] = {}  # what is behind the symbol of a cut node
         canonical = Canonicalizer(self.terms, rounding=False)
         for node in graph.nodes:
             if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
             value = self.computed[node] = canonical.value(node)
             if cut and not value.is_Symbol and not is_cast(node) and _uses(node) > 1:
-                value = self.cuts[node] = canonical.take(node)
+                self.inner[symbol := canonical.take(node)] = value
+                value = symbol
             self.values[node] = value
             self.nodes_of.setdefault(value, []).append(node)
 
@@ -105,31 +125,48 @@ class Matcher:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.view = _View(graph)
         cut = _View(graph, cut=True)
-        self.views = [self.view, cut] if cut.cuts else [self.view]
+        self.views = [self.view, cut] if cut.inner else [self.view]
 
-    def find(self, patterns: Iterable[Pattern]) -> tuple[list[Match], list[NearMiss]]:
+    def find(self, patterns: list[Pattern]) -> tuple[list[Match], list[NearMiss]]:
         """Matches that do not overlap, those that cover most first, and the best near miss at each other place."""
-        candidates: list[tuple[int, int, int, Match]] = []
         misses: dict[Node, NearMiss] = {}
-        for rank, pattern in enumerate(patterns):
-            for root in reversed(self.view.values):
-                if root.op in ("placeholder", "get_attr"):
-                    continue
-                match = self._match_at(pattern, root, misses)
-                if match is not None:
-                    candidates.append((-len(match.interior), rank, -self.order[root], match))
         matches: list[Match] = []
         taken: set[Node] = set()
-        for *_, match in sorted(candidates, key=lambda c: c[:3]):
-            if not match.interior & taken:
-                matches.append(match)
-                taken |= match.interior
-        return matches, _best(misses, taken, self.view.values)
+        while True:
+            candidates = self._candidates(patterns, taken, misses)
+            before = len(matches)
+            for *_, match in sorted(candidates, key=lambda c: c[:3]):
+                if not match.interior & taken:
+                    matches.append(match)
+                    taken |= match.interior
+            if len(matches) - before == len(candidates):
+                return matches, _best(misses, taken, self.view.values)
+
+    def _candidates(
+        self, patterns: list[Pattern], taken: set[Node], misses: dict[Node, NearMiss]
+    ) -> list[tuple[int, int, int, Match]]:
+        """Matches that leave alone what is taken, each with its place in the order of preference. What lies inside
+        one of them is not looked at again, unless that one is not chosen."""
+        candidates: list[tuple[int, int, int, Match]] = []
+        inside = set(taken)
+        for rank, pattern in enumerate(patterns):
+            outputs: set[Node] = set()
+            for root in reversed(self.view.values):
+                if root.op in ("placeholder", "get_attr") or root in inside or root in outputs:
+                    continue
+                match = self._match_at(pattern, root, misses)
+                if match is not None and not match.interior & taken:
+                    candidates.append((-len(match.interior), rank, -self.order[root], match))
+                    outputs |= set(match.outputs)
+                    inside |= match.interior - set(match.outputs)
+        return candidates
 
     def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, NearMiss]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
-            unifier = _Unifier(variant, view)
             first = variant.search_order[0]
+            if not variant.may_be(first, view.computed[root], view.terms):
+                continue
+            unifier = _Unifier(variant, view)
             for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
                 for match in self._prove(variant, {first: root}, bindings, unifier):
                     problem = self._obstacle(match)
@@ -152,6 +189,8 @@ class Matcher:
             for root in reversed(values):
                 if root in cone or root.op in ("placeholder", "get_attr"):
                     continue
+                if not variant.may_be(missing, values[root], unifier.view.terms):
+                    continue
                 for more in unifier.unify(variant.outputs[missing], values[root], bindings):
                     yield from self._prove(variant, {**roots, missing: root}, more, unifier)
             return
@@ -167,17 +206,30 @@ class Matcher:
                 candidates.append([(name, n) for n in nodes])
         for choice in itertools.product(*candidates):
             inputs = dict(choice)
+            if len(roots) == len(variant.outputs):  # a proof would be in vain if this could not be used
+                match = self._match(variant, inputs, constants, [roots[i] for i in sorted(roots)])
+                if match.is_idle:
+                    continue
+                problem = self._obstacle(match)
+                if problem is not None:
+                    unifier.note(UNPROVED, problem)
+                    continue
             try:
                 outputs = self._proved_outputs(variant, roots, inputs, constants)
             except _Fail as failure:
                 unifier.note(failure.share, str(failure))
                 continue
-            interior = self._cone(outputs, stop=set(inputs.values()))
-            interior = {n for n in interior if n.op not in ("placeholder", "get_attr") and _is_tensor(n)}
-            ordered = {n: inputs[n] for n in variant.pattern.tensors if n in inputs}
-            lines = [n.meta for n in sorted(interior, key=self.order.__getitem__) if "source" in n.meta]
-            source = tuple(dict.fromkeys((meta["source"], meta["line"]) for meta in lines))
-            yield Match(variant.pattern, ordered, constants, outputs, interior, source)
+            yield self._match(variant, inputs, constants, outputs)
+
+    def _match(
+        self, variant: Variant, inputs: dict[str, Node], constants: dict[str, Any], outputs: list[Node]
+    ) -> Match:
+        interior = self._cone(outputs, stop=set(inputs.values()))
+        interior = {n for n in interior if n.op not in ("placeholder", "get_attr") and _is_tensor(n)}
+        ordered = {n: inputs[n] for n in variant.pattern.tensors if n in inputs}
+        lines = [n.meta for n in sorted(interior, key=self.order.__getitem__) if "source" in n.meta]
+        source = tuple(dict.fromkeys((meta["source"], meta["line"]) for meta in lines))
+        return Match(variant.pattern, ordered, constants, outputs, interior, source)
 
     def _proved_outputs(
         self, variant: Variant, roots: dict[int, Node], inputs: dict[str, Node], constants: dict[str, Any]
@@ -189,19 +241,7 @@ class Matcher:
             problem = pattern.when(**tensors, **constants)
         if problem is not None:
             raise _Fail(problem, MISFIT)
-        arguments: dict[str, Any] = dict.fromkeys(variant.absent)
-        arguments |= constants
-        # Each input is a tensor object of its own, also where the model passes one node twice.
-        with self.fakes.mode:
-            arguments |= {
-                name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-                for name, v in tensors.items()
-            }
-        ordered = {name: arguments[name] for name in (*pattern.tensors, *pattern.constants)}
-        try:
-            graph = Tracer(fakes=self.fakes).trace_function(pattern.function, ordered)
-        except (CaptureError, RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise _Fail(f"the pattern does not run on these inputs: {error}") from error
+        graph = self._traced(variant, tensors, constants)
         terms = Terms()
         symbols = {node: terms.symbol("leaf", (node,), (), node.meta["val"].dtype) for node in inputs.values()}
         expected = Canonicalizer(terms, {n: symbols[inputs[n.target]] for n in graph.nodes if n.op == "placeholder"})
@@ -219,6 +259,33 @@ class Matcher:
                 raise _Fail(self._difference(root, want, expected, found, terms))
             outputs.append(node)
         return outputs
+
+    def _traced(self, variant: Variant, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> Graph:
+        """The pattern's own graph on inputs like these."""
+        like = {
+            name: (tuple(map(expression, (*v.shape, *v.stride()))), v.dtype, v.device) for name, v in tensors.items()
+        }
+        key = variant, tuple(like.items()), tuple(constants.items())
+        if key not in self.fakes.traced:
+            arguments: dict[str, Any] = dict.fromkeys(variant.absent)
+            arguments |= constants
+            # Each input is a tensor object of its own, also where the model passes one node twice.
+            with self.fakes.mode:
+                arguments |= {
+                    name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+                    for name, v in tensors.items()
+                }
+            pattern = variant.pattern
+            ordered = {name: arguments[name] for name in (*pattern.tensors, *pattern.constants)}
+            try:
+                graph = Tracer(fakes=self.fakes).trace_function(pattern.function, ordered)
+            except (CaptureError, RuntimeError, TypeError, ValueError, IndexError) as error:
+                graph = _Fail(f"the pattern does not run on these inputs: {error}")
+            self.fakes.traced[key] = graph
+        graph = self.fakes.traced[key]
+        if isinstance(graph, _Fail):
+            raise graph
+        return graph
 
     def _difference(self, root: Node, want: Node, expected: Canonicalizer, found: Canonicalizer, terms: Terms) -> str:
         a, b = want.meta["val"], root.meta["val"]
@@ -248,7 +315,7 @@ class Matcher:
         """Why a proved match cannot be rewritten, None where it can."""
         outputs = set(match.outputs)
         for node in sorted(match.interior, key=self.order.__getitem__):
-            if _mutates(node):
+            if mutates(node):
                 return f"`{node}` works in place at {node.meta.get('source', '?')}"
             if node in outputs or self._follows_from(node, outputs, match.interior):
                 continue
@@ -256,7 +323,8 @@ class Matcher:
                 if user not in match.interior:
                     where = f" at {user.meta['source']}" if "source" in user.meta else ""
                     return f"`{node}` has a second user, `{user}`{where}"
-        last_input = max(self.order[n] for n in match.inputs.values())
+        # Parameters can be read anywhere.
+        last_input = max((self.order[n] for n in match.inputs.values() if n.op != "get_attr"), default=0)
         before_inputs = self._cone(match.inputs.values())
         kept = [n for n in match.interior if n in outputs or self._follows_from(n, outputs, match.interior)]
         for node in sorted(kept, key=self.order.__getitem__):
@@ -264,14 +332,17 @@ class Matcher:
             if node in before_inputs or any(self.order[user] < last_input for user in outside):
                 return f"`{node}` is used before the last input is there"
         for node in match.inputs.values():
-            for user in node.users:
-                if _mutates(user):
-                    return f"its input `{node}` is changed in place at {user.meta.get('source', '?')}"
+            if change := _change_in_place(node):
+                return f"its input `{node}` is changed in place at {change.meta.get('source', '?')}"
+        for node in match.outputs if callable(match.pattern.replace) else ():
+            reused = any(user in match.interior for user in node.users)  # what the kernel keeps for its backward
+            if reused and (change := _change_in_place(node)):
+                return f"its output `{node}` is changed in place at {change.meta.get('source', '?')}"
         # The replacement runs later than what it replaces: nothing may change in place meanwhile.
         users = {user for node in kept for user in node.users if user not in match.interior}
         start, end = min(self.order[n] for n in match.interior), min((self.order[u] for u in users), default=0)
         for node, position in self.order.items():
-            if start < position < end and _mutates(node):
+            if start < position < end and mutates(node):
                 return f"`{node}` works in place at {node.meta.get('source', '?')}, before the result is used"
         return None
 
@@ -289,7 +360,7 @@ class _Unifier:
         self.view = view
         self.share = 0.0
         self.reason = ""
-        self.size = _size(variant.outputs[variant.search_order[0]], variant.terms)
+        self.size = variant.size
         self._done = 0
 
     def note(self, share: float, reason: str | Callable[[], str]) -> None:
@@ -329,6 +400,8 @@ class _Unifier:
                 self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes")
         elif self._is_constant(p):
             yield from self._unify_number(p, t, bound)
+        elif t in self.view.inner:  # taken as given, but the pattern has more than a parameter here
+            yield from self.unify(p, self.view.inner[t], bound)
         elif p.is_Symbol:
             yield from self._unify_term(p, t, bound)
         elif p.is_Add or p.is_Mul:
@@ -387,8 +460,9 @@ class _Unifier:
             self._fail(p, t)
             return
         if len(have.args) != len(want.args):
-            count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
-            self.note(max(self._progress, NEARLY + 0.1), count)
+            if self._done:  # at the root it says no more than that this is another operation
+                count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
+                self.note(max(self._progress, NEARLY + 0.1), count)
             return
         attrs = want.attrs[: SIZED.get(want.op, len(want.attrs))]
         for name_value, found in zip(attrs, have.attrs, strict=False):
@@ -517,13 +591,6 @@ def _split(expr: sympy.Expr, func: Any, is_constant: Any) -> tuple[sympy.Expr, l
     return func(*constants), [a for a in args if a not in constants]
 
 
-def _size(expr: sympy.Expr, terms: Terms) -> int:
-    """How many comparisons it takes to recognise a value."""
-    if expr in terms.terms:
-        return 1 + sum(_size(a, terms) for a in terms.terms[expr].args)
-    return (1 if expr.args else 0) + sum(_size(a, terms) for a in expr.args)
-
-
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
     if not (a.is_number and b.is_number):
         return a == b
@@ -546,7 +613,26 @@ def _is_tensor(node: Node) -> bool:
     return isinstance(val, (torch.Tensor, tuple, list))
 
 
-def _mutates(node: Node) -> bool:
+_VIEWS = {
+    "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "transpose", "permute", "t", "swapaxes",
+    "expand", "expand_as", "broadcast_to", "unsqueeze", "squeeze", "getitem", "select", "narrow", "chunk", "split",
+    "unbind", "detach", "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as",
+}  # fmt: skip
+"""Operations whose result may share memory with what they are given."""
+
+
+def _change_in_place(node: Node) -> Node | None:
+    """What changes the node, or a view of it, in place."""
+    for user in node.users:
+        if mutates(user):
+            return user
+        if op_name(user) in _VIEWS and (change := _change_in_place(user)):
+            return change
+    return None
+
+
+def mutates(node: Node) -> bool:
+    """Whether the node changes a tensor in place."""
     return works_in_place(op_name(node) or "", node.kwargs)
 
 

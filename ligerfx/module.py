@@ -7,6 +7,7 @@ children are still optimised. So one capture never limits what the model can do.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
@@ -22,10 +23,11 @@ from torch.fx import Graph, GraphModule
 from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, same_structure, stands_for
+from .dissolve import dissolved, scopes, straddled
 from .errors import CaptureError, PatternError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
-from .rewriter import rewrite, tidy
+from .rewriter import rewrite
 from .signature import call_key
 from .source import describe_error
 from .symbols import FakeInputs, expression
@@ -46,6 +48,7 @@ class Program:
     near_misses: list[NearMiss] = field(default_factory=list)
     function: Callable | None = None
     code: str = ""
+    dissolved: frozenset[str] = frozenset()  # paths of the modules whose calls were dissolved into this graph
 
     def __deepcopy__(self, memo: dict) -> Program:
         return self  # immutable; holds nothing of the module that it runs on
@@ -60,8 +63,8 @@ class Session:
     lock: Any = field(default_factory=threading.RLock)
 
     def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
-        """Matches and rewrites the graph of a capture, which it changes. A capture that cannot be guarded,
-        searched or rewritten gets an error, and its module runs its original forward.
+        """Matches a capture and rewrites a copy of it. One that cannot be guarded, searched or rewritten gets an
+        error, and its module runs its original forward.
 
         Raises:
             PatternError: one of the patterns is not usable.
@@ -76,16 +79,28 @@ class Session:
         return Program(capture, lambda module, leaves: True)
 
     def _compile(self, capture: Capture, fakes: FakeInputs) -> Program:
-        inside: dict[str, tuple] = {path: (cls, ()) for path, cls in capture.absorbed.items()}
-        matches, near = Matcher(capture.graph, fakes).find(self.patterns)
-        if matches:
-            layers = [n for m in matches for n in m.interior if n.op == "call_module"]
-            inside |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
-            rewrite(capture.graph, matches)
-        else:
-            tidy(capture.graph)
+        found = self._match(dissolved(capture, candidates := scopes(capture)), fakes)
+        chosen = straddled([match.reach for match in found[1]], candidates)
+        if chosen:
+            with contextlib.suppress(CaptureError):  # which says that the callers' sizes do not tell those inside
+                if len(chosen) < len(candidates):
+                    found = self._match(dissolved(capture, chosen), fakes)
+                return self._rewritten(*found, chosen)
+        if candidates:
+            found = self._match(dissolved(capture), fakes)
+        return self._rewritten(*found, set())
+
+    def _match(self, capture: Capture, fakes: FakeInputs) -> tuple[Capture, list[Match], list[NearMiss]]:
+        with fakes.shape_env.suppress_guards():  # what a pattern asks about sizes, its replacement asks again
+            return capture, *Matcher(capture.graph, fakes).find(self.patterns)
+
+    def _rewritten(self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str]) -> Program:
+        layers = [n for m in matches for n in m.interior if n.op == "call_module"]
+        capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
+        guard = _guard(capture, bool(chosen))
+        rewrite(capture.graph, matches)
         function, code = compile_graph(capture.graph)
-        return Program(capture, _guard(capture, inside), matches, near, function, code)
+        return Program(capture, guard, matches, near, function, code, frozenset(chosen))
 
     def remember(self, module: nn.Module, key: tuple, program: Program) -> None:
         self.programs.setdefault((original_class(module), key), []).append((module, program))
@@ -140,7 +155,7 @@ class OptimizedModule(GraphModule):
         """Makes changes of `self.graph` effective, for this module alone."""
         if "_graph" in self.__dict__:
             old = self._ligerfx_program
-            new = Program(old.capture, old.guard, old.matches, old.near_misses)
+            new = Program(old.capture, old.guard, old.matches, old.near_misses, dissolved=old.dissolved)
             new.function, new.code = compile_graph(self.graph)
             self.__dict__["_ligerfx_program"] = new
             for programs in self._ligerfx_programs.values():
@@ -253,11 +268,13 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
     return namespace["forward"], source.src
 
 
-def _guard(capture: Capture, inside: dict[str, tuple[type, tuple]]) -> Callable[[nn.Module, list], bool]:
+def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether the capture serves a call with the same key.
 
     Checked are the sizes of tensors that the graph itself works on, numbers that the model computed with,
-    attributes that its Python code read, and the modules that have no call of their own in the graph.
+    attributes that its Python code read, and the modules that have no call of their own in the graph. Where calls
+    were dissolved, a size of 1 stays 1: torch broadcasts it, and so a size of what lies between the modules, on which
+    the graph of the next one rests, may be 1 as well. (By itself, that one compares the sizes that it is given.)
     """
     conditions: list[str] = []
     names: dict[str, Any] = {"stands_for": stands_for}
@@ -282,6 +299,8 @@ def _guard(capture: Capture, inside: dict[str, tuple[type, tuple]]) -> Callable[
                     conditions.append(f"{here} == {sizes[expr]}")
                 else:
                     sizes[expr] = here
+                    if dissolved_some and size.node.hint == 1:
+                        conditions.append(f"{here} == 1")
     for index in capture.passed_on:
         for dim, size in enumerate(getattr(capture.leaf_values[index], "shape", ())):
             sizes.setdefault(expression(size), f"x[{index}].shape[{dim}]")
@@ -291,13 +310,22 @@ def _guard(capture: Capture, inside: dict[str, tuple[type, tuple]]) -> Callable[
         text = PythonPrinter().doprint(expr)
         arguments = ", ".join(str(s) for s in expr.free_symbols)
         conditions.append(f"(lambda {arguments}: {text})({', '.join(sizes[s] for s in expr.free_symbols)})")
+    modules: list[str] = []
+    for number, (path, (cls, parameters)) in enumerate(capture.absorbed.items()):
+        names[f"class{number}"] = cls
+        modules.append(f"stands_for({_module(path)}, class{number}, {parameters})")
     for number, read in enumerate(capture.reads):
         names[f"read{number}"] = read
-        conditions.append(f"read{number}.same({_module(read.path)})")
-    for number, (path, (cls, parameters)) in enumerate(inside.items()):
-        names[f"class{number}"] = cls
-        conditions.append(f"stands_for({_module(path)}, class{number}, {parameters})")
-    return eval(f"lambda m, x: {' and '.join(conditions) or True}", names)
+        modules.append(f"read{number}.same({_module(read.path)})")
+    holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
+
+    def guard(module: nn.Module, leaves: list) -> bool:
+        try:
+            return holds(module, leaves)
+        except (AttributeError, KeyError):  # a module inside is gone
+            return False
+
+    return guard
 
 
 def _module(path: str) -> str:

@@ -7,9 +7,10 @@
         return weight * h.to(x.dtype)
 
 One function is what is searched for, the reference, and the proof of every match. Positional parameters are
-tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "int"
-first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters are constants that
-the match captures. A parameter with default None is optional: the idiom is searched for with it and without.
+tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "2I" for
+twice the size I, "int" first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters
+are constants that the match captures. A parameter with default None is optional: the idiom is searched for with it
+and without.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from typing import Any
 import sympy
 import torch
 
-from .canonical import Canonicalizer, Terms, constant
+from .canonical import SIZED, Canonicalizer, Terms, constant
 from .errors import PatternError
 from .source import describe_error
-from .symbols import FakeInputs
 from .tracer import Tracer
 
 _EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
@@ -41,6 +41,8 @@ class Pattern:
     replace: Callable | tuple[Callable, ...]
     idioms: tuple[str, ...]
     when: Callable[..., str | None] | None = None
+    forks: str | None = None
+    early: dict[str, Callable] = field(default_factory=dict)
     tensors: dict[str, str | None] = field(default_factory=dict)  # name -> dimensions
     constants: dict[str, str] = field(default_factory=dict)  # name -> type name
     optional: frozenset[str] = frozenset()
@@ -59,6 +61,17 @@ class Pattern:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Computes the idiom in plain PyTorch."""
         return self.function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Stands for a tuple of matched inputs among the fixed arguments of a replacement:
+    `replace=partial(f, weights=Inputs("q_weight", "k_weight"))`."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str) -> None:
+        object.__setattr__(self, "names", names)
 
 
 @dataclass(eq=False)
@@ -82,6 +95,22 @@ class Variant:
         count = [len(self.parameters_in(output)) for output in self.outputs]
         return sorted(range(len(count)), key=lambda i: (-count[i], -i))
 
+    @functools.cached_property
+    def size(self) -> int:
+        """How many comparisons it takes to recognise the first output."""
+        return self._size(self.outputs[self.search_order[0]])
+
+    def _size(self, value: sympy.Expr) -> int:
+        if value in self.terms.terms:
+            return 1 + sum(self._size(a) for a in self.terms.terms[value].args)
+        return (1 if value.args else 0) + sum(self._size(a) for a in value.args)
+
+    def may_be(self, output: int, value: sympy.Expr, terms: Terms) -> bool:
+        """False where an output is one operation and `value` another: nothing needs to be tried."""
+        want = self.terms.terms.get(self.outputs[output])
+        have = terms.terms.get(value)
+        return want is None or want.op in SIZED or (have is not None and have.op == want.op)
+
     def parameters_in(self, value: sympy.Expr) -> set[sympy.Symbol]:
         """The parameters that a canonical value of this variant depends on."""
         found: set[sympy.Symbol] = set()
@@ -99,6 +128,8 @@ def pattern(
     replace: Callable | Sequence[Callable],
     idioms: Sequence[str] | None = None,
     when: Callable[..., str | None] | None = None,
+    forks: str | None = None,
+    early: dict[str, Callable] | None = None,
 ) -> Callable[[Callable], Pattern]:
     """Turns a plain PyTorch function into a pattern.
 
@@ -108,6 +139,10 @@ def pattern(
             returns them all or one function for each.
         idioms: the basic idioms that a match covers, for the report. Default: the function's name.
         when: gets the matched tensors (fakes) and constants by name; returns None, or why it does not apply.
+        forks: the name of an input that `replace` gives back as one more output, the last. What uses that input
+            later (a residual addition) takes it from there, so that the kernel's backward can add both gradients.
+        early: further arguments of `replace`, each made by a function of some inputs and constants, by name. Where
+            these follow from the module's own inputs, it is called at the start of the forward.
 
     Raises:
         PatternError: the function's signature is not that of a pattern.
@@ -137,12 +172,18 @@ def pattern(
                 optional.add(parameter.name)
         if not tensors:
             raise PatternError(f"{function.__name__}: a pattern needs at least one tensor parameter")
+        if forks is not None and (forks not in tensors or not callable(replace)):
+            raise PatternError(
+                f"{function.__name__}: forks={forks!r} must name a tensor parameter, and `replace` be one function"
+            )
         targets = replace if callable(replace) else tuple(replace)
         return Pattern(
             function,
             targets,
-            tuple(idioms or (function.__name__,)),
+            (function.__name__,) if idioms is None else tuple(idioms),
             when,
+            forks,
+            early or {},
             tensors,
             constants,
             frozenset(optional),
@@ -152,7 +193,6 @@ def pattern(
 
 
 def _variant(pattern: Pattern, absent: set[str]) -> Variant:
-    fakes = FakeInputs()
     sizes: dict[str, int] = {}
     arguments: dict[str, Any] = {}
     parameters: dict[str, sympy.Symbol] = {}
@@ -161,8 +201,7 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
             arguments[name] = None
             continue
         shape, dtype = example(dims or "...", sizes)
-        with fakes.mode:
-            arguments[name] = torch.empty(shape, dtype=dtype)
+        arguments[name] = torch.empty(shape, dtype=dtype, device="meta")  # cheaper than a fake
         parameters[name] = sympy.Symbol(name, real=True)
     for name, kind in pattern.constants.items():
         if name in absent:
@@ -171,7 +210,7 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
         parameters[name] = sympy.Symbol(name, real=True)
         arguments[name] = constant(parameters[name], _EXAMPLES[kind])
     try:
-        graph = Tracer(fakes=fakes).trace_function(pattern.function, arguments)
+        graph = Tracer().trace_function(pattern.function, arguments, meta=True)
     except Exception as error:
         raise PatternError(f"{pattern.name}: not traceable: {describe_error(error)}") from error
     terms = Terms("p")
@@ -199,8 +238,15 @@ def example(dims: str, sizes: dict[str, int]) -> tuple[list[int], torch.dtype]:
         elif dim.isdigit():
             shape.append(int(dim))
         else:
-            shape.append(sizes.setdefault(dim, 40 - 4 * len(sizes)))
+            factor, name = _factor(dim)
+            shape.append(factor * sizes.setdefault(name, 40 - 4 * len(sizes)))
     return shape, dtype
+
+
+def _factor(dim: str) -> tuple[int, str]:
+    """("2I") -> (2, "I"); ("H") -> (1, "H")."""
+    name = dim.lstrip("0123456789")
+    return int(dim[: -len(name)] or 1), name
 
 
 def check_dimensions(pattern: Pattern, tensors: dict[str, torch.Tensor]) -> str | None:
@@ -221,7 +267,11 @@ def check_dimensions(pattern: Pattern, tensors: dict[str, torch.Tensor]) -> str 
         for dim, size in zip(dims, shape, strict=True):
             if dim == "*":
                 continue
-            expected = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+            if dim.isdigit():
+                expected = int(dim)
+            else:
+                factor, key = _factor(dim)
+                expected = factor * sizes.setdefault(key, size // factor)
             if expected != size:
                 return f"{name}: expected size {dim} = {expected}, found {size}"
     return None

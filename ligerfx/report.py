@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from .capture import join
 from .symbols import expression
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class Report:
 
     @staticmethod
     def of(model: OptimizedModule, opaque: dict[str, str], programs: dict[str, Program]) -> Report:
+        # A module whose calls were dissolved into its caller runs there.
+        elsewhere = {join(path, inner) for path, program in programs.items() for inner in program.dissolved}
+        programs = {path: program for path, program in programs.items() if path not in elsewhere}
         rewrites = [
             Rewrite(m.pattern.name, path, m.pattern.idioms, m.source, bytes_saved(m))
             for path, program in programs.items()

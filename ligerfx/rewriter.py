@@ -10,20 +10,30 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from .canonical import is_pure
 from .deferred import deferred_logits
-from .matcher import Match
+from .matcher import Match, mutates
+from .pattern import Inputs
 
 
 def rewrite(graph: Graph, matches: list[Match]) -> None:
     """Replaces each match in `graph` and erases what only it needed."""
     replaced: dict[Node, Node] = {}  # an output of one match may be an input of the next
+    forks: list[tuple[Node, Match]] = []
     for match in matches:
         match.inputs = {name: replaced.get(node, node) for name, node in match.inputs.items()}
-        replaced |= _replace(graph, match)
-    tidy(graph)
+        call, new = _replace(graph, match)
+        replaced |= new
+        if match.pattern.forks is not None:
+            forks.append((call, match))
+    latest: dict[Node, Node] = {}  # an input may be forked again
+    for call, match in sorted(forks, key=lambda fork: fork[0]):
+        source = match.inputs[match.pattern.forks]
+        latest[source] = _fork(graph, call, latest.get(source, source), len(match.outputs))
+    _tidy(graph)
 
 
-def tidy(graph: Graph) -> None:
+def _tidy(graph: Graph) -> None:
     """Erases what has no effect and no user."""
     for node in reversed(graph.nodes):
         if not node.users and (node.op == "get_attr" or node.target in _PURE):
@@ -34,9 +44,23 @@ def tidy(graph: Graph) -> None:
 _PURE = (operator.getitem, getattr, "size", deferred_logits)
 
 
-def _replace(graph: Graph, match: Match) -> dict[Node, Node]:
+def _fork(graph: Graph, call: Node, source: Node, position: int) -> Node:
+    """Lets what uses `source` after `call` take it from there, where it comes back at `position`."""
+    later = [user for user in source.users if user > call]
+    if not later:
+        return source
+    with graph.inserting_after(call):
+        passed = graph.call_function(operator.getitem, (call, position))
+    passed.meta["val"] = source.meta["val"]
+    for user in later:
+        user.replace_input_with(source, passed)
+    return passed
+
+
+def _replace(graph: Graph, match: Match) -> tuple[Node, dict[Node, Node]]:
     """Puts the replacement before the first use of what the match computes. What merely follows from an output
-    (a view of it, say) and is used elsewhere stays, and moves behind the new nodes."""
+    (a view of it, say) and is used elsewhere stays, and moves behind the new nodes. Gives the (last) call, and
+    what takes the place of each output."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     outputs = set(match.outputs)
     inside = sorted(match.interior, key=order.__getitem__)
@@ -49,14 +73,19 @@ def _replace(graph: Graph, match: Match) -> dict[Node, Node]:
         (user for node in (*outputs, *kept) for user in node.users if user not in match.interior),
         key=order.__getitem__,
     )
+    for node in match.inputs.values():
+        if node.op == "get_attr" and node > point:
+            point.prepend(node)
     with graph.inserting_before(point):
         targets = match.pattern.replace
         if not callable(targets):
             new = [_call(graph, t, match, out) for t, out in zip(targets, match.outputs, strict=True)]
+            call = new[-1]
         else:
-            new = [_call(graph, targets, match, match.outputs[0])]
-            if len(match.outputs) > 1:
-                new = [graph.call_function(operator.getitem, (new[0], i)) for i in range(len(match.outputs))]
+            call = _call(graph, targets, match, match.outputs[0])
+            new = [call]
+            if len(match.outputs) > 1 or match.pattern.forks is not None:
+                new = [graph.call_function(operator.getitem, (call, i)) for i in range(len(match.outputs))]
     replaced = dict(zip(match.outputs, new, strict=True))
     for old, node in replaced.items():
         node.meta.setdefault("val", old.meta["val"])
@@ -66,15 +95,36 @@ def _replace(graph: Graph, match: Match) -> dict[Node, Node]:
     for node in reversed(inside):
         if not node.users and node not in kept:
             graph.erase_node(node)
-    return replaced
+    return call, replaced
 
 
 def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:
     fixed: dict[str, Any] = {}
     if isinstance(target, functools.partial):
         fixed, target = dict(target.keywords), target.func
+        for name, value in fixed.items():
+            if isinstance(value, Inputs):
+                fixed[name] = tuple(match.inputs[i] for i in value.names)
     parameters = inspect.signature(target).parameters
     arguments = {**match.inputs, **match.constants, **fixed}
+    for name, function in match.pattern.early.items():
+        inputs = [node for n, node in match.inputs.items() if n in inspect.signature(function).parameters]
+        start = _moved_to_the_start(graph, inputs) if name in parameters else None
+        if start is not None:
+            with graph.inserting_before(start):
+                arguments[name] = _made(graph, function, arguments)
+    call = _made(graph, target, arguments)
+    call.meta.update(
+        pattern=match.pattern.name,
+        source=output.meta.get("source", "?"),
+        line=output.meta.get("line", ""),
+    )
+    return call
+
+
+def _made(graph: Graph, target: Callable, arguments: dict[str, Any]) -> Node:
+    """A call with those of the arguments that the function has and that are not its defaults."""
+    parameters = inspect.signature(target).parameters
     args, kwargs = [], {}
     for name, parameter in parameters.items():
         if name not in arguments or arguments[name] == parameter.default:
@@ -84,10 +134,22 @@ def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:
             args.append(arguments[name])
         else:
             kwargs[name] = arguments[name]
-    call = graph.call_function(target, tuple(args), kwargs)
-    call.meta.update(
-        pattern=match.pattern.name,
-        source=output.meta.get("source", "?"),
-        line=output.meta.get("line", ""),
-    )
-    return call
+    return graph.call_function(target, tuple(args), kwargs)
+
+
+def _moved_to_the_start(graph: Graph, inputs: list[Node]) -> Node | None:
+    """Moves the inputs, and all that they are made of, to the start of the graph; gives the node after them.
+    None where they depend on more than the graph's own inputs, or something may change in place before."""
+    needed: set[Node] = set()
+    pending = list(inputs)
+    while pending:
+        node = pending.pop()
+        if node.op != "placeholder" and node not in needed:
+            needed.add(node)
+            pending += node.all_input_nodes
+    if not all(is_pure(node) for node in needed) or any(mutates(node) for node in graph.nodes):
+        return None
+    first = next(node for node in graph.nodes if node.op != "placeholder" and node not in needed)
+    for node in sorted(needed):
+        first.prepend(node)
+    return first

@@ -44,6 +44,7 @@ class FakeInputs:
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
         self.mode = FakeTensorMode(shape_env=self.shape_env)
         self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
+        self.traced: dict[Any, Any] = {}  # graphs of patterns on inputs like these, which many places share
         self._sizes: dict[int, torch.SymInt] = {}
 
     @contextlib.contextmanager

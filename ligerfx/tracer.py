@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .capture import PLAIN, Capture, Read, join, same_structure, submodule, works_in_place
+from .capture import PLAIN, Capture, Read, join, present_parameters, same_structure, submodule, works_in_place
 from .clone import clone_tree
+from .dissolve import may_dissolve
 from .errors import CaptureError
 from .leaves import leaf_functions
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
@@ -362,7 +363,7 @@ class Tracer(TorchFunctionMode):
         real = self._real[id(shadow)]
         cls = self.original_class(real)
         if self.frames and owns_nothing(real):
-            self.frames[-1].capture.absorbed[self._relative(self.frames[-1], path)] = type(real)
+            self.frames[-1].capture.absorbed[self._relative(self.frames[-1], path)] = (cls, ())
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self._pause():
@@ -375,10 +376,14 @@ class Tracer(TorchFunctionMode):
         if self.frames:
             parent = self.frames[-1]
             parent.capture.children.append((self._relative(parent, path), capture))
-            self._record_call(parent, path, args, kwargs, out, real)
+            node = self._record_call(parent, path, args, kwargs, out, real)
+            if node is not None and may_dissolve(node.target, real):
+                node.meta.update(capture=capture, stands_for=(cls, present_parameters(real)))
         return out
 
-    def _record_call(self, frame: _Frame, path: str, args: tuple, kwargs: dict, out: Any, real: nn.Module) -> None:
+    def _record_call(
+        self, frame: _Frame, path: str, args: tuple, kwargs: dict, out: Any, real: nn.Module
+    ) -> torch.fx.Node | None:
         frame.recorded_modes.add(_mode())
         node = self._record(frame, "call_module", self._relative(frame, path), args, kwargs, out)
         if node is not None and exposes_parameters(real):
@@ -389,6 +394,7 @@ class Tracer(TorchFunctionMode):
                         attribute = frame.graph.create_node("get_attr", join(node.target, name))
                         attribute.meta["val"] = self._fake_parameter(value)
                         node.meta["parameters"][name] = attribute
+        return node
 
     def _capture_module(
         self, shadow: nn.Module, forward: Callable, path: str, args: tuple, kwargs: dict
@@ -398,7 +404,8 @@ class Tracer(TorchFunctionMode):
         if not self.frames:
             self._root_capture = capture
         frame = _Frame(path, capture)
-        placeholders = self._placeholders(frame, forward, args, kwargs, leaves)
+        with self._pause():  # looking at sizes here is not the caller's doing
+            placeholders = self._placeholders(frame, forward, args, kwargs, leaves)
         guards_before = len(self.fakes.shape_env.guards)
         self.frames.append(frame)
         try:
@@ -491,8 +498,9 @@ class Tracer(TorchFunctionMode):
             return type(value)(self._output_arg(frame, v) for v in value)
         return self._arg(frame, value)
 
-    def trace_function(self, function: Callable, arguments: dict[str, Any]) -> torch.fx.Graph:
-        """Records a plain function. Tensors among the (fake) arguments become placeholders by their names."""
+    def trace_function(self, function: Callable, arguments: dict[str, Any], meta: bool = False) -> torch.fx.Graph:
+        """Records a plain function. Tensors among the arguments (fakes, or `meta` tensors) become placeholders by
+        their names."""
         frame = _Frame("", Capture("", (), torch.fx.Graph()))
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
@@ -502,7 +510,7 @@ class Tracer(TorchFunctionMode):
                 frame.bind_sizes(value, node)
         self.frames.append(frame)
         try:
-            with self.fakes.active(), self:
+            with contextlib.nullcontext() if meta else self.fakes.active(), self:
                 out = function(**arguments)
             frame.graph.output(self._output_arg(frame, out))
         finally:
@@ -517,12 +525,15 @@ class Tracer(TorchFunctionMode):
         for twin, capture in self._finished.get((self.original_class(real), key), ()):
             if capture.error:
                 continue
-            same = (
-                all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
-                and _same_aliasing(capture.leaf_values, leaves)
-                and same_structure(twin, real)
-                and all(read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads)
-            )
+            with self._pause():  # looking at sizes here is not the model's doing
+                same = (
+                    all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
+                    and _same_aliasing(capture.leaf_values, leaves)
+                    and same_structure(twin, real)
+                    and all(
+                        read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads
+                    )
+                )
             if same:
                 inputs = {id(old): new for old, new in zip(capture.leaf_values, leaves, strict=True)}
                 with self._pause(), self.fakes.active():
@@ -580,7 +591,8 @@ def _is_fake(value: torch.Tensor) -> bool:
 
 def _same_input(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.stride() == b.stride()
+        sizes_a, sizes_b = ([expression(size) for size in (*t.shape, *t.stride())] for t in (a, b))
+        return sizes_a == sizes_b
     if isinstance(a, (TracedInt, TracedFloat)):
         return not a.used or plain(a) == plain(b)
     return a is b

@@ -8,8 +8,18 @@ if TYPE_CHECKING:
     from ligerfx.pattern import Pattern
 
 
-def default_patterns() -> list[Pattern]:
-    """All patterns of the library. Those that cover more come first."""
-    from . import glu, logits_loss, norm, rotary
+def default_patterns(low_memory: bool = False) -> list[Pattern]:
+    """All patterns of the library. Those that cover more come first.
 
-    return [*logits_loss.PATTERNS, *norm.PATTERNS, *rotary.PATTERNS, *glu.PATTERNS]
+    Args:
+        low_memory: whether kernels save memory where that takes a little time (see `optimize`).
+    """
+    from . import glu, logits_loss, norm, norm_linear, rotary
+
+    return [
+        *logits_loss.patterns(low_memory),
+        *norm_linear.PATTERNS,
+        *norm.PATTERNS,
+        *rotary.PATTERNS,
+        *glu.patterns(low_memory),
+    ]

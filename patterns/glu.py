@@ -1,14 +1,25 @@
 """Gated linear units (Shazeer 2020, https://arxiv.org/abs/2002.05202): act(gate) * up.
 
 The gate and the up projection come from two linear layers, or from one packed layer whose output is halved
-(Phi-3). The packed form writes both gradients into one buffer, so it is tried first.
+(Phi-3). The packed form writes both gradients into one buffer, so it is tried first. Together with the down
+projection, the product need not be kept for the backward, whose kernel can write it again.
 """
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 
-from ligerfx.kernels import glu, glu_reference, packed_glu, packed_glu_reference
+from ligerfx.kernels import (
+    glu,
+    glu_linear,
+    glu_linear_reference,
+    glu_reference,
+    packed_glu,
+    packed_glu_linear,
+    packed_glu_linear_reference,
+    packed_glu_reference,
+)
 from ligerfx.pattern import Pattern, pattern
 
 
@@ -28,5 +39,33 @@ def _separate(activation: str) -> Pattern:
     return pattern(replace=partial(glu, activation=activation), idioms=["glu"])(glu_)
 
 
+def _packed_linear(activation: str, fixed: dict) -> Pattern:
+    def packed_linear(gate_up: "... 2I", weight: "H I", bias: "H" = None):
+        return packed_glu_linear_reference(gate_up, weight, bias, activation)
+
+    packed_linear.__name__ = f"packed_{activation}_glu_linear"
+    return pattern(replace=partial(packed_glu_linear, activation=activation, **fixed), idioms=["glu"])(packed_linear)
+
+
+def _separate_linear(activation: str, fixed: dict) -> Pattern:
+    def linear(gate: "... I", up: "... I", weight: "H I", bias: "H" = None):
+        return glu_linear_reference(gate, up, weight, bias, activation)
+
+    linear.__name__ = f"{activation}_glu_linear"
+    return pattern(replace=partial(glu_linear, activation=activation, **fixed), idioms=["glu"])(linear)
+
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-PATTERNS = [make(activation) for make in (_packed, _separate) for activation in ACTIVATIONS]
+
+
+@functools.cache
+def patterns(low_memory: bool) -> list[Pattern]:
+    """Those with the down projection first, and packed before separate."""
+    return [
+        *(
+            make(activation, {"recompute": low_memory})
+            for make in (_packed_linear, _separate_linear)
+            for activation in ACTIVATIONS
+        ),
+        *(make(activation) for make in (_packed, _separate) for activation in ACTIVATIONS),
+    ]

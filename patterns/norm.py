@@ -2,29 +2,49 @@
 
 Models differ in where they round to the dtype of the input, and that changes the bits:
 Llama rounds before it applies the weight, OLMo 2 and torch.nn.RMSNorm after, Gemma after, with weight 1 + w.
+
+In a residual stream the norm's input is used again, by the addition at the end of the block. Then the kernel hands
+it on, and its backward adds the gradients of both paths; where the input is itself a sum, the kernel computes that.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from ligerfx.kernels import rms_norm, rms_norm_reference
-from ligerfx.pattern import pattern
+from ligerfx.kernels import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from ligerfx.pattern import Pattern, pattern
+
+KINDS = {
+    "rms_norm_one_plus_weight": {"offset": 1.0, "cast": "after_weight"},
+    "rms_norm_rounded_first": {"cast": "before_weight"},
+    "rms_norm_rounded_last": {"cast": "after_weight"},
+}
+"""The ways of rounding, and where the weights are stored around zero."""
 
 
-@pattern(replace=rms_norm, idioms=["rms_norm"])
-def rms_norm_rounded_first(x: "... H", weight: "H", *, eps: float):
-    return rms_norm_reference(x, weight, eps, cast="before_weight")
+def _plain(name: str, kind: dict) -> Pattern:
+    def norm(x: "... H", weight: "H", *, eps: float):
+        return rms_norm_reference(x, weight, eps, **kind)
+
+    norm.__name__ = name
+    return pattern(replace=partial(rms_norm, **kind), idioms=["rms_norm"])(norm)
 
 
-@pattern(replace=partial(rms_norm, cast="after_weight"), idioms=["rms_norm"])
-def rms_norm_rounded_last(x: "... H", weight: "H", *, eps: float):
-    return rms_norm_reference(x, weight, eps, cast="after_weight")
+def _forked(name: str, kind: dict) -> Pattern:
+    def forked(x: "... H", weight: "H", *, eps: float):
+        return rms_norm_reference(x, weight, eps, **kind)
+
+    forked.__name__ = f"forked_{name}"
+    replace = partial(add_rms_norm, residual=None, **kind)
+    return pattern(replace=replace, idioms=["rms_norm"], forks="x")(forked)
 
 
-@pattern(replace=partial(rms_norm, offset=1.0, cast="after_weight"), idioms=["rms_norm"])
-def rms_norm_one_plus_weight(x: "... H", weight: "H", *, eps: float):
-    return rms_norm_reference(x, weight, eps, offset=1.0, cast="after_weight")
+def _added(name: str, kind: dict) -> Pattern:
+    def added(x: "... H", residual: "... H", weight: "H", *, eps: float):
+        return add_rms_norm_reference(x, residual, weight, eps, **kind)
+
+    added.__name__ = f"add_{name}"
+    return pattern(replace=partial(add_rms_norm, **kind), idioms=["rms_norm"])(added)
 
 
-PATTERNS = [rms_norm_one_plus_weight, rms_norm_rounded_first, rms_norm_rounded_last]
+PATTERNS = [make(name, kind) for make in (_added, _forked, _plain) for name, kind in KINDS.items()]

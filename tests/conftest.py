@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import ligerfx.kernels
+
 # Tensors are tiny here: where others use the cores too, threads cost a hundred times the work.
 torch.set_num_threads(1)
 
@@ -35,6 +37,8 @@ def seed() -> None:
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU tensors the plain PyTorch references run, not the kernels in Triton's interpreter."""
+    for name in ligerfx.kernels.__all__:  # imported later, kernels would be made for a GPU
+        getattr(ligerfx.kernels, name)
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
 
 

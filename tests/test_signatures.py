@@ -14,9 +14,8 @@ FAMILIES = ["llama", "gemma2", "qwen3", "phi4"]
 @pytest.fixture(autouse=True)
 def references(monkeypatch):
     """The subject here is dispatch; kernels have tests of their own."""
-    monkeypatch.setattr("ligerfx.kernels._runtime.use_triton", lambda *tensors: False)
-    for module in ("rmsnorm", "gated", "rotary", "crossentropy", "linear_crossentropy"):
-        monkeypatch.setattr(f"ligerfx.kernels.{module}.use_triton", lambda *tensors: False)
+    for module in {"_runtime", *ligerfx.kernels._MODULE_OF.values()}:
+        monkeypatch.setattr(f"ligerfx.kernels.{module}.use_triton", lambda *tensors: False, raising=False)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -147,8 +146,9 @@ def test_training_with_a_cache_stays_fused(pair):
     model, optimised = pair
     assert_same(model, optimised, {**batch(model, 2, 9), "use_cache": True})
     for layer in optimised.model.layers:
-        used = [program for known in layer.self_attn._ligerfx_programs.values() for program in known]
-        assert all(program.matches for program in used)
+        used = [program for known in layer._ligerfx_programs.values() for program in known]
+        idioms = [{idiom for match in program.matches for idiom in match.pattern.idioms} for program in used]
+        assert idioms and all(found == {"rms_norm", "rope", "glu"} for found in idioms)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.fx.node import map_arg
 
 import ligerfx
 
@@ -47,6 +48,20 @@ def assert_same() -> Callable:
                 torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
 
     return check
+
+
+@pytest.fixture
+def calls() -> Callable:
+    """The kernels in a module's graph, each with its arguments: parameters by their names, None for results."""
+
+    def name(node):
+        return node.target if node.op in ("get_attr", "placeholder") else None
+
+    def calls_in(module):
+        nodes = [n for n in module.graph.nodes if n.op == "call_function" and "pattern" in n.meta]
+        return [(n.target.__name__, *map_arg(n.args, name), dict(map_arg(n.kwargs, name))) for n in nodes]
+
+    return calls_in
 
 
 @pytest.fixture

@@ -171,7 +171,8 @@ def test_low_precision(optimise, dtype, kind):
     """Eager rounds after the activation, and so does the pattern: equal to the bit where it is one op."""
     activation, _ = ACTIVATIONS[kind]["functional"]
     optimise(Function(lambda g, u: activation(g) * u), pair(2, 3, dtype=dtype), [f"{kind}_glu"])
-    optimise(MLP(activation, dtype, packed=True), [torch.randn(2, 3, I, dtype=dtype)], [f"packed_{kind}_glu"])
+    x = torch.randn(2, 3, I, dtype=dtype)
+    optimise(MLP(activation, dtype, packed=True), [x], [f"packed_{kind}_glu_linear"])
 
 
 @pytest.mark.parametrize("name", ["x * x.sigmoid()", "torch.sigmoid(x) * x"])
@@ -195,11 +196,74 @@ def test_activation_in_fp32_of_bf16_gate(optimise):
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_in_an_mlp_with_an_activation_module(optimise, kind, is_packed):
     activation, _ = ACTIVATIONS[kind]["module"]
-    name = f"packed_{kind}_glu" if is_packed else f"{kind}_glu"
+    name = f"packed_{kind}_glu_linear" if is_packed else f"{kind}_glu_linear"
     x = [torch.randn(2, 3, I)]
     report = optimise(MLP(activation, packed=is_packed), x, [name], others=[[torch.randn(5, 1, I)]])
     assert report.idioms == {"glu": 1}
     assert report.summary == "1/1 GLU"
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_low_memory(assert_same, calls, low_memory, is_packed):
+    """The product is kept for the backward, unless memory is to be saved."""
+    module, x = MLP(F.relu, packed=is_packed), torch.randn(2, 3, I)
+    optimised = ligerfx.optimize(module, (x,), low_memory=low_memory)
+    ((kernel, *tensors, options),) = calls(optimised)
+    assert kernel == ("packed_glu_linear" if is_packed else "glu_linear")
+    assert tensors == [*[None] * (1 if is_packed else 2), "down.weight"]
+    assert options == {"activation": "relu", **({} if low_memory else {"recompute": False})}
+    assert_same(module, optimised, [x])
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["separate", "packed"])
+def test_down_projection_with_a_bias(assert_same, calls, is_packed):
+    module, x = MLP(F.silu, packed=is_packed), torch.randn(2, 3, I)
+    module.down = nn.Linear(I, 2 * I)
+    optimised = ligerfx.optimize(module, (x,))
+    ((_, *tensors, _),) = calls(optimised)
+    assert tensors[-2:] == ["down.weight", "down.bias"]
+    assert_same(module, optimised, [x])
+
+
+def hooked(mlp):
+    mlp.down.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def subclassed(mlp):
+    mlp.down = type("Scaled", (nn.Linear,), {"forward": lambda self, x: 2 * F.linear(x, self.weight)})(I, I)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize("change", [hooked, subclassed], ids=lambda f: f.__name__)
+def test_down_projection_that_is_not_plain(optimise, change, is_packed):
+    """The unit alone is rewritten."""
+    mlp = MLP(F.silu, packed=is_packed)
+    change(mlp)
+    report = optimise(mlp, [torch.randn(2, 3, I)], ["packed_silu_glu" if is_packed else "silu_glu"])
+    assert [r.pattern for r in report.rewrites] == ["packed_silu_glu" if is_packed else "silu_glu"]
+    assert not report.near_misses
+
+
+AROUND_THE_PROJECTION = {
+    "product used elsewhere": (lambda p, w: F.linear(p, w) + p, "silu_glu"),
+    "product returned": (lambda p, w: (F.linear(p, w), p), "silu_glu"),
+    "two projections": (lambda p, w: F.linear(p, w) + F.linear(p, w.sin()), "silu_glu"),
+    "dropout between": (lambda p, w: F.linear(F.dropout(p, 0.0), w), "silu_glu"),
+    "scaled between": (lambda p, w: F.linear(2 * p, w), "silu_glu"),
+    "in another dtype": (lambda p, w: F.linear(p.double(), w.double()), "silu_glu"),
+    "scaled after": (lambda p, w: 2 * F.linear(p, w), "silu_glu_linear"),
+    "dropout after": (lambda p, w: F.dropout(F.linear(p, w), 0.0), "silu_glu_linear"),
+}
+
+
+@pytest.mark.parametrize("name", AROUND_THE_PROJECTION)
+def test_around_the_projection(optimise, name):
+    function, pattern = AROUND_THE_PROJECTION[name]
+    call = [*pair(2, 3), torch.randn(I, I)]
+    report = optimise(Function(lambda g, u, w: function(F.silu(g) * u, w)), call, [pattern])
+    assert [r.pattern for r in report.rewrites] == [pattern]
+    assert not report.near_misses
 
 
 POINTWISE = {
@@ -234,7 +298,7 @@ def test_silu_on_both_sides(optimise):
 def test_in_the_interpreter(optimise, monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
     optimise(Function(lambda g, u: F.silu(g) * u), pair(2, 3), ["silu_glu"], rtol=1e-5)
-    optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu"], rtol=1e-5)
+    optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu_linear"], rtol=1e-5)
 
 
 # -- what must not match -------------------------------------------------------------------------------------

@@ -131,13 +131,14 @@ def present_parameters(module: nn.Module) -> tuple[str, ...]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does more, or other, than the forward of its class."""
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
+        or state.get("_ligerfx_edited")
         or _global._global_forward_hooks
         or _global._global_forward_pre_hooks
         or _global._global_backward_hooks

@@ -347,9 +347,13 @@ class Matcher:
         return None
 
     def _follows_from(self, node: Node, outputs: set[Node], interior: set[Node]) -> bool:
-        """True if the node needs nothing but outputs of the match, so that it can stay."""
+        """True if the node only looks at outputs of the match in another way, so that it can stay."""
         inside = [n for n in node.all_input_nodes if n in interior]
-        return bool(inside) and all(n in outputs or self._follows_from(n, outputs, interior) for n in inside)
+        return (
+            op_name(node) in _VIEWS
+            and bool(inside)
+            and all(n in outputs or self._follows_from(n, outputs, interior) for n in inside)
+        )
 
 
 class _Unifier:
@@ -460,7 +464,7 @@ class _Unifier:
             self._fail(p, t)
             return
         if len(have.args) != len(want.args):
-            if self._done:  # at the root it says no more than that this is another operation
+            if self._done or want.op != "linear":  # a linear layer by itself is no sign of an idiom
                 count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
                 self.note(max(self._progress, NEARLY + 0.1), count)
             return
@@ -624,7 +628,7 @@ _VIEWS = {
 def _change_in_place(node: Node) -> Node | None:
     """What changes the node, or a view of it, in place."""
     for user in node.users:
-        if mutates(user):
+        if mutates(user) and (node in user.args[:1] or node in user.kwargs.values()):
             return user
         if op_name(user) in _VIEWS and (change := _change_in_place(user)):
             return change

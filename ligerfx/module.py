@@ -158,6 +158,7 @@ class OptimizedModule(GraphModule):
             new = Program(old.capture, old.guard, old.matches, old.near_misses, dissolved=old.dissolved)
             new.function, new.code = compile_graph(self.graph)
             self.__dict__["_ligerfx_program"] = new
+            self.__dict__["_ligerfx_edited"] = True  # its caller must call it
             for programs in self._ligerfx_programs.values():
                 programs[:] = [new if p is old else p for p in programs]
         return self.graph.python_code("self")

@@ -18,6 +18,11 @@ PLAIN = (
 )  # fmt: skip
 """Types of Python constants: they may stand in a graph as they are, and compare by value."""
 
+OWN_ATTRIBUTES = frozenset({
+    "_graph", "report", "_ligerfx_session", "_ligerfx_program", "_ligerfx_programs", "_ligerfx_warned",
+})  # fmt: skip
+"""What an optimised module has beside the attributes of the original."""
+
 MISSING = object()
 
 
@@ -66,8 +71,8 @@ class Capture:
     reads: list[Read] = dataclasses.field(default_factory=list)
     guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
     children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
-    # Modules without a call of their own in the graph: path -> (class, names of its parameters).
-    absorbed: dict[str, tuple[type, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
+    # Modules without a call of their own in the graph: path -> what `stands_for` is to ask of them.
+    absorbed: dict[str, tuple] = dataclasses.field(default_factory=dict)
     grad_enabled: bool | None = None  # where forward itself switches the grad mode
     error: str | None = None
     output: Any = None
@@ -111,8 +116,13 @@ def works_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     return by_name or "out" in kwargs or bool(kwargs.get("inplace"))
 
 
-def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...]) -> bool:
-    """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else."""
+def stands_for(
+    module: nn.Module, cls: type, parameters: tuple[str, ...], attributes: frozenset[str] | None = None
+) -> bool:
+    """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else.
+
+    With `attributes`, the module may have no others of its own: one could hide a method that forward calls.
+    """
     if getattr(type(module), "_original_class", type(module)) is not cls or has_hooks(module):
         return False
     table = module.__dict__["_parameters"]
@@ -122,6 +132,8 @@ def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...]) -> boo
     for name in parameters:
         if table.get(name) is None:
             return False
+    if attributes is not None and not module.__dict__.keys() <= attributes:
+        return False
     return present == len(parameters) and "forward" not in module.__dict__
 
 
@@ -132,17 +144,23 @@ def present_parameters(module: nn.Module) -> tuple[str, ...]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more, or other, than the forward of its class."""
+    return bool(
+        has_own_hooks(module)
+        or module.__dict__.get("_ligerfx_edited")
+        or _global._global_forward_hooks
+        or _global._global_forward_pre_hooks
+        or _global._global_backward_hooks
+        or _global._global_backward_pre_hooks
+    )
+
+
+def has_own_hooks(module: nn.Module) -> bool:
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or state.get("_ligerfx_edited")
-        or _global._global_forward_hooks
-        or _global._global_forward_pre_hooks
-        or _global._global_backward_hooks
-        or _global._global_backward_pre_hooks
     )
 
 

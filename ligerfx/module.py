@@ -312,9 +312,9 @@ def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list]
         arguments = ", ".join(str(s) for s in expr.free_symbols)
         conditions.append(f"(lambda {arguments}: {text})({', '.join(sizes[s] for s in expr.free_symbols)})")
     modules: list[str] = []
-    for number, (path, (cls, parameters)) in enumerate(capture.absorbed.items()):
-        names[f"class{number}"] = cls
-        modules.append(f"stands_for({_module(path)}, class{number}, {parameters})")
+    for number, (path, known) in enumerate(capture.absorbed.items()):
+        names[f"known{number}"] = known
+        modules.append(f"stands_for({_module(path)}, *known{number})")
     for number, read in enumerate(capture.reads):
         names[f"read{number}"] = read
         modules.append(f"read{number}.same({_module(read.path)})")

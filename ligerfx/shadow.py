@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import has_hooks, present_parameters, stands_for
+from .capture import has_hooks, has_own_hooks, present_parameters, stands_for
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
     "forward",
@@ -52,6 +52,8 @@ def logged_class(cls: type, log: Callable, log_write: Callable, cache: dict[type
             super(logged, self).__setattr__(name, value)
 
         def _call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if has_own_hooks(self):  # made by the forward that is being captured, to collect outputs
+                return super(logged, self)._call_impl(*args, **kwargs)
             return self.forward(*args, **kwargs)  # without global hooks: nobody is to see the shadow
 
         body = {

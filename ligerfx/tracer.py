@@ -20,7 +20,17 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .capture import PLAIN, Capture, Read, join, present_parameters, same_structure, submodule, works_in_place
+from .capture import (
+    OWN_ATTRIBUTES,
+    PLAIN,
+    Capture,
+    Read,
+    join,
+    present_parameters,
+    same_structure,
+    submodule,
+    works_in_place,
+)
 from .clone import clone_tree
 from .dissolve import may_dissolve
 from .errors import CaptureError
@@ -378,7 +388,8 @@ class Tracer(TorchFunctionMode):
             parent.capture.children.append((self._relative(parent, path), capture))
             node = self._record_call(parent, path, args, kwargs, out, real)
             if node is not None and may_dissolve(node.target, real):
-                node.meta.update(capture=capture, stands_for=(cls, present_parameters(real)))
+                known = cls, present_parameters(real), frozenset(vars(real)) | OWN_ATTRIBUTES
+                node.meta.update(capture=capture, stands_for=known)
         return out
 
     def _record_call(

@@ -314,6 +314,29 @@ def test_global_hook_fires(pair):
     assert called[: len(called) // 2] == called[len(called) // 2 :]
 
 
+def test_method_replaced_on_a_dissolved_child():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, H)
+
+        def scale(self, x):
+            return x * 0.5
+
+        def forward(self, x):
+            return self.scale(self.linear(x))
+
+    model = Block(lambda self, x: x + self.child(self.norm(x)), child=Scaled())
+    optimised = ligerfx.optimize(model, (states(),))
+    assert optimised._ligerfx_program.dissolved == {"norm", "child"}
+    for m in (model, optimised):
+        m.child.scale = lambda x: x * 3
+    assert_same(model, optimised, states())
+    for m in (model, optimised):
+        del m.child.scale
+    assert_same(model, optimised, states())
+
+
 def test_hook_on_an_activation_before_optimize():
     model, x, seen = Layer(), states(), []
     model.mlp.act.register_forward_hook(lambda m, args, out: seen.append(1) or out * 1.5)

@@ -2,6 +2,7 @@
 
 Every public function runs its Triton kernels on CUDA tensors of dtype float32, bfloat16 or float16 (and on
 CPU tensors while Triton's interpreter is on) and falls back to its ``<op>_reference`` everywhere else.
+(`rows_that_count` is no operation of its own but an early start of `linear_cross_entropy`.)
 
 Importing this package imports neither PyTorch nor Triton: the functions are loaded on first access.
 """

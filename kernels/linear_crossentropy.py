@@ -161,7 +161,7 @@ def _loss_and_grads(
 ) -> tuple[torch.Tensor, tuple, torch.Tensor | None]:
     """The loss, the wanted gradients (x's, weight's, bias's), and a factor that they still lack (None: none)."""
     if capturing(x):
-        rows = CountedRows(target, options["ignore_index"])
+        rows = CountedRows(target, rows.ignore_index)
     x = x.reshape(-1, x.shape[-1])
     target = target.reshape(-1).contiguous()
     kept = rows.kept()
@@ -311,8 +311,8 @@ def linear_cross_entropy(
     """`cross_entropy(x @ weight.T + bias, target, ...)` with at most `logits_budget` bytes of logits held.
 
     If a gradient is wanted it is computed with the loss, chunk by chunk, and the backward only scales it; a
-    second backward through the same graph computes it again. With V, H of the weight and M rows that count, the
-    forward takes the bytes of the logits, 2 M H for the gradient of x and 4 V H (`accumulate_in=None`: 2 V H) for
+    second backward through the same graph computes it again. With V, H of the weight and M rows of x, the forward
+    takes the bytes of the logits, 2 M H for the gradient of x and 4 V H (`accumulate_in=None`: 2 V H) for
     that of the weight, if all are 16-bit.
 
     Args:
@@ -365,7 +365,6 @@ def linear_cross_entropy(
         )
     options = {
         "loss": (ignore_index, float(scale), float(z_loss), softcap, float(label_smoothing)),
-        "ignore_index": ignore_index,
         "mean": reduction == "mean",
         "budget": logits_budget,
         "accumulate_in": accumulate_in,

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._runtime import jit, launch_device, num_sms, tl, triton, use_triton
-from .rmsnorm import rms_norm_reference, scale_of, sum_rows
+from .rmsnorm import check_cast, rms_norm_reference, scale_of, sum_rows
 from .rotary import (
     blocks_of,
     check_rope,
@@ -21,6 +21,8 @@ from .rotary import (
     store_heads,
     strides_of,
     table_strides_of,
+    with_contiguous_rows,
+    with_four_dims,
 )
 
 
@@ -331,10 +333,6 @@ def backward_tiling(q_heads: int, k_heads: int, block_half: int, sms: int) -> Ti
     return Tiling(1, q, k, blocks, warps, -(-2 * sms // blocks), 3)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim):
@@ -346,7 +344,7 @@ class _NormRope(torch.autograd.Function):
             outputs.append(empty_with_strides_of(x, torch.promote_types(dtype, table_dtype)))
             if not (ctx.needs_input_grad[i] or ctx.needs_input_grad[2 + i]):
                 ctx.mark_non_differentiable(outputs[i])
-        q, k, cos, sin = _rows(q), _rows(k), _rows(cos), _rows(sin)
+        q, k, cos, sin = (with_contiguous_rows(t) for t in (q, k, cos, sin))
         q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.options = eps, offset, cast_after, head_dim
@@ -375,7 +373,7 @@ class _NormRope(torch.autograd.Function):
         for i, (x, dy) in enumerate(zip((q, k), dys, strict=True)):
             wanted = dy is not None and (needed[i] or needed[2 + i])
             # What is not wanted takes part with no heads.
-            incoming.append(_rows(dy) if wanted else x)
+            incoming.append(with_contiguous_rows(dy) if wanted else x)
             outgoing.append(empty_with_strides_of(x, x.dtype) if wanted else x)
             heads.append(x.shape[head_dim] if wanted else 0)
         if not any(heads):
@@ -406,8 +404,7 @@ class _NormRope(torch.autograd.Function):
 
 
 def _check(q, k, q_weight, k_weight, cos, sin, cast) -> int:
-    if cast not in ("before_weight", "after_weight"):
-        raise ValueError(f"norm_rope: cast must be 'before_weight' or 'after_weight', got {cast!r}")
+    check_cast("norm_rope", cast)
     head_dim = check_rope("norm_rope", q, k, cos, sin)
     if not (q_weight.is_floating_point() and k_weight.is_floating_point()):
         raise TypeError(f"norm_rope: weights must be floating point, got {q_weight.dtype} and {k_weight.dtype}")
@@ -456,8 +453,7 @@ def norm_rope(
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, q_weight, k_weight, cos, sin):
         return norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast)
-    if cos.dim() < 4:
-        cos, sin = (t.reshape((1,) * (4 - t.dim()) + t.shape) for t in (cos, sin))
+    cos, sin = with_four_dims(cos), with_four_dims(sin)
     return _NormRope.apply(
         q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast == "after_weight", head_dim
     )

@@ -351,11 +351,15 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dresidual, dw, None, None, None
 
 
+def check_cast(op: str, cast: str) -> None:
+    if cast not in ("before_weight", "after_weight"):
+        raise ValueError(f"{op}: cast must be 'before_weight' or 'after_weight', got {cast!r}")
+
+
 def check_rms_norm(
     op: str, x: torch.Tensor, weight: torch.Tensor, cast: str, residual: torch.Tensor | None = None
 ) -> None:
-    if cast not in ("before_weight", "after_weight"):
-        raise ValueError(f"{op}: cast must be 'before_weight' or 'after_weight', got {cast!r}")
+    check_cast(op, cast)
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise TypeError(f"{op}: x and weight must be floating point, got {x.dtype} and {weight.dtype}")
     if x.dim() == 0 or weight.shape != x.shape[-1:]:

@@ -218,6 +218,14 @@ def strides_of(head_dim: int, *tensors: torch.Tensor) -> list[int]:
     return strides
 
 
+def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def with_four_dims(table: torch.Tensor) -> torch.Tensor:
+    return table if table.dim() == 4 else table.reshape((1,) * (4 - table.dim()) + table.shape)
+
+
 def table_strides_of(head_dim: int, *tables: torch.Tensor) -> list[int]:
     """Of the batch and the tokens of each table; 0 where all share one."""
     return [t.stride(d) if t.shape[d] > 1 else 0 for t in tables for d in (0, 3 - head_dim)]
@@ -246,10 +254,10 @@ def _launch(
     tensors, heads = [], []
     for pair in pairs:
         x, y = pair or (source, source)
-        tensors.append((x if x.stride(-1) == 1 else x.contiguous(), y))
+        tensors.append((with_contiguous_rows(x), y))
         heads.append(x.shape[head_dim] if pair else 0)
     (q, yq), (k, yk) = tensors
-    cos, sin = (table if table.stride(-1) == 1 else table.contiguous() for table in (cos, sin))
+    cos, sin = with_contiguous_rows(cos), with_contiguous_rows(sin)
     half, block_half, block_rest = blocks_of(width, cos.shape[-1])
     tokens, q_block, k_block, blocks, warps = tiling(*heads, block_half)
     with launch_device(q):
@@ -335,6 +343,5 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, cos, sin):
         return rope_reference(q, k, cos, sin)
-    if cos.dim() < 4:
-        cos, sin = (t.reshape((1,) * (4 - t.dim()) + t.shape) for t in (cos, sin))
+    cos, sin = with_four_dims(cos), with_four_dims(sin)
     return _Rope.apply(q, k, cos, sin, head_dim)

@@ -123,7 +123,7 @@ def stands_for(
 
     With `attributes`, the module may have no others of its own: one could hide a method that forward calls.
     """
-    if getattr(type(module), "_original_class", type(module)) is not cls or has_hooks(module):
+    if getattr(type(module), "_original_class", type(module)) is not cls or not runs_its_forward(module):
         return False
     table = module.__dict__["_parameters"]
     present = 0
@@ -132,14 +132,17 @@ def stands_for(
     for name in parameters:
         if table.get(name) is None:
             return False
-    if attributes is not None and not module.__dict__.keys() <= attributes:
-        return False
-    return present == len(parameters) and "forward" not in module.__dict__
+    return present == len(parameters) and (attributes is None or module.__dict__.keys() <= attributes)
 
 
 def present_parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of the parameters that a module has (a linear layer may have no bias)."""
     return tuple(name for name, value in module._parameters.items() if value is not None)
+
+
+def runs_its_forward(module: nn.Module) -> bool:
+    """Whether calling the module is running the forward of its class."""
+    return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import operator
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -20,9 +19,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import Capture, Read, has_hooks, join
+from .capture import Capture, Read, join, runs_its_forward
 from .errors import CaptureError
-from .symbols import expression, size_node
+from .symbols import bind_sizes, expression, size_node
 from .traced_numbers import TracedFloat, TracedInt
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -32,7 +31,7 @@ def may_dissolve(path: str, module: nn.Module) -> bool:
     """Whether calls of the module, by this path from its caller, may be dissolved. The layers of a model, and
     models inside models, never are: they are the units of checkpointing, sharding and placement."""
     units = any(isinstance(m, _CONTAINERS) or hasattr(m, "gradient_checkpointing") for m in module.modules())
-    return not units and "." not in path and "forward" not in vars(module) and not has_hooks(module)
+    return not units and "." not in path and runs_its_forward(module)
 
 
 def scopes(capture: Capture) -> list[str]:
@@ -73,7 +72,8 @@ def dissolved(capture: Capture, chosen: Collection[str] = ()) -> Capture:
     for index, node in zip(capture.leaves, _placeholders(capture), strict=True):
         copy = new.graph.node_copy(node)
         copy.meta["leaf_index"] = index
-        copier.bind_sizes(copy)
+        if isinstance(copy.meta["val"], torch.Tensor):
+            bind_sizes(copy.meta["val"], copy, copier.sizes)
         leaves.append(copy)
     new.graph.output(copier.copy(capture, "", leaves))
     return new
@@ -88,12 +88,6 @@ class _Copier:
         self.new = new
         self.chosen = chosen
         self.sizes: dict[sympy.Expr, Any] = {}
-
-    def bind_sizes(self, placeholder: Node) -> None:
-        for dim, size in enumerate(getattr(placeholder.meta["val"], "shape", ())):
-            if isinstance(size, torch.SymInt):
-                make = functools.partial(self.new.graph.call_method, "size", (placeholder, dim))
-                self.sizes.setdefault(expression(size), make)
 
     def copy(self, capture: Capture, scope: str, leaves: list) -> Any:
         """Copies the nodes of `capture`, those of the chosen modules inside included; gives what stands for its

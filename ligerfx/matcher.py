@@ -169,10 +169,7 @@ class Matcher:
             unifier = _Unifier(variant, view)
             for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
                 for match in self._prove(variant, {first: root}, bindings, unifier):
-                    problem = self._obstacle(match)
-                    if problem is None:
-                        return match
-                    unifier.note(OBSTRUCTED, problem)
+                    return match
             if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
                 misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share, unifier.size)
         return None
@@ -180,8 +177,8 @@ class Matcher:
     def _prove(
         self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: _Unifier
     ) -> Iterator[Match]:
-        """The matches that follow from a proposal: further outputs located, inputs chosen among nodes of equal
-        value, each choice proved. `roots` holds the nodes of the outputs found so far."""
+        """The usable matches that follow from a proposal: further outputs located, inputs chosen among nodes of
+        equal value, each choice proved. `roots` holds the nodes of the outputs found so far."""
         cone = self._cone(roots.values())
         missing = next((i for i in variant.search_order if i not in roots), None)
         if missing is not None and any(s not in bindings for s in variant.parameters_in(variant.outputs[missing])):
@@ -206,20 +203,21 @@ class Matcher:
                 candidates.append([(name, n) for n in nodes])
         for choice in itertools.product(*candidates):
             inputs = dict(choice)
-            if len(roots) == len(variant.outputs):  # a proof would be in vain if this could not be used
+            match = None
+            if missing is None:  # a proof would be in vain if this could not be used
                 match = self._match(variant, inputs, constants, [roots[i] for i in sorted(roots)])
-                if match.is_idle:
-                    continue
-                problem = self._obstacle(match)
-                if problem is not None:
-                    unifier.note(UNPROVED, problem)
+                if match.is_idle or self._is_obstructed(match, unifier, UNPROVED):
                     continue
             try:
                 outputs = self._proved_outputs(variant, roots, inputs, constants)
             except _Fail as failure:
                 unifier.note(failure.share, str(failure))
                 continue
-            yield self._match(variant, inputs, constants, outputs)
+            if match is None:
+                match = self._match(variant, inputs, constants, outputs)
+                if self._is_obstructed(match, unifier, OBSTRUCTED):
+                    continue
+            yield match
 
     def _match(
         self, variant: Variant, inputs: dict[str, Node], constants: dict[str, Any], outputs: list[Node]
@@ -310,6 +308,13 @@ class Matcher:
             pending += node.all_input_nodes
             pending += node.meta.get("parameters", {}).values()
         return seen
+
+    def _is_obstructed(self, match: Match, unifier: _Unifier, share: float) -> bool:
+        """Whether the match cannot be rewritten; the unifier is told why, for a match that came so far."""
+        problem = self._obstacle(match)
+        if problem is not None:
+            unifier.note(share, problem)
+        return problem is not None
 
     def _obstacle(self, match: Match) -> str | None:
         """Why a proved match cannot be rewritten, None where it can."""

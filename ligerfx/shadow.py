@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import has_hooks, has_own_hooks, present_parameters, stands_for
+from .capture import has_hooks, has_own_hooks, present_parameters, runs_its_forward, stands_for
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
     "forward",
@@ -86,7 +86,7 @@ def is_leaf_module(module: nn.Module, cls: type) -> bool:
 def owns_nothing(module: nn.Module) -> bool:
     """True for activation functions and the like, which have no parameters, buffers or children."""
     owns = module._parameters or module._buffers or module._modules
-    return not owns and "forward" not in vars(module) and not has_hooks(module)
+    return not owns and runs_its_forward(module)
 
 
 def exposes_parameters(module: nn.Module) -> bool:

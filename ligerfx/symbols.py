@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,6 +98,14 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     Mod: operator.mod,
     sympy.Pow: operator.pow,
 }
+
+
+def bind_sizes(tensor: torch.Tensor, node: torch.fx.Node, known: dict[sympy.Expr, Any]) -> None:
+    """Lets `size_node` take the sizes of `tensor`, for which `node` stands, that `known` does not have yet."""
+    for dim, size in enumerate(tensor.shape):
+        expr = expression(size)
+        if not expr.is_Integer:
+            known.setdefault(expr, functools.partial(node.graph.call_method, "size", (node, dim)))
 
 
 def size_node(expr: sympy.Expr, graph: torch.fx.Graph, known: dict[sympy.Expr, Any]) -> Any:

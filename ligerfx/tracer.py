@@ -38,7 +38,7 @@ from .leaves import leaf_functions
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
 from .signature import call_key, parameter_names, stand_in
 from .source import call_site, describe_error
-from .symbols import FakeInputs, expression, size_node
+from .symbols import FakeInputs, bind_sizes, expression, size_node
 from .traced_numbers import TracedFloat, TracedInt, plain
 
 _BINARY_OPERATORS: dict[str, Callable] = {
@@ -87,12 +87,6 @@ class _Frame:
         if entry is not None and not isinstance(entry, torch.fx.Node):
             entry = self.known[id(value)] = entry()
         return entry
-
-    def bind_sizes(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
-        for dim, size in enumerate(tensor.shape):
-            expr = expression(size)
-            if not expr.is_Integer and expr not in self.sizes:
-                self.sizes[expr] = functools.partial(self.graph.call_method, "size", (node, dim))
 
 
 def _mode() -> tuple:
@@ -454,7 +448,7 @@ class Tracer(TorchFunctionMode):
                 frame.stand_ins[id(value)] = value = self._stand_in(value)
             frame.bind(value, node)
             if isinstance(value, torch.Tensor):
-                frame.bind_sizes(value, node)
+                bind_sizes(value, node, frame.sizes)
             elif isinstance(value, torch.SymInt):
                 frame.sizes.setdefault(value.node.expr, node)
         return nodes
@@ -518,7 +512,7 @@ class Tracer(TorchFunctionMode):
                 node = frame.graph.placeholder(name)
                 node.meta["val"] = value
                 frame.bind(value, node)
-                frame.bind_sizes(value, node)
+                bind_sizes(value, node, frame.sizes)
         self.frames.append(frame)
         try:
             with contextlib.nullcontext() if meta else self.fakes.active(), self:

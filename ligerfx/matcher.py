@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cast, normal, number, op_name
 from .capture import works_in_place
 from .errors import CaptureError
-from .pattern import Pattern, Variant, check_dimensions
+from .pattern import Pattern, Variant, check_dimensions, split
 from .symbols import FakeInputs, expression
 from .tracer import Tracer
 
@@ -70,7 +70,6 @@ class NearMiss:
     node: Node
     reason: str
     share: float  # of the pattern that was recognised
-    reach: int = 0  # the number of steps that the pattern takes
 
     @property
     def source(self) -> str:
@@ -109,6 +108,14 @@ class _View:
                 value = symbol
             self.values[node] = value
             self.nodes_of.setdefault(value, []).append(node)
+        self._operands: dict[tuple, tuple[sympy.Expr, list[sympy.Expr]]] = {}
+
+    def operands(self, value: sympy.Expr, func: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
+        """The constant and the other operands of a value, seen as a sum or a product."""
+        if (value, func) not in self._operands:
+            self._operands[value, func] = split(value, func, lambda e: e.is_number)
+        constant, others = self._operands[value, func]
+        return constant, list(others)
 
 
 def _uses(node: Node) -> int:
@@ -126,10 +133,11 @@ class Matcher:
         self.view = _View(graph)
         cut = _View(graph, cut=True)
         self.views = [self.view, cut] if cut.inner else [self.view]
+        self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
 
     def find(self, patterns: list[Pattern]) -> tuple[list[Match], list[NearMiss]]:
         """Matches that do not overlap, those that cover most first, and the best near miss at each other place."""
-        misses: dict[Node, NearMiss] = {}
+        misses: dict[Node, _Unifier] = {}
         matches: list[Match] = []
         taken: set[Node] = set()
         while True:
@@ -143,7 +151,7 @@ class Matcher:
                 return matches, _best(misses, taken, self.view.values)
 
     def _candidates(
-        self, patterns: list[Pattern], taken: set[Node], misses: dict[Node, NearMiss]
+        self, patterns: list[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
     ) -> list[tuple[int, int, int, Match]]:
         """Matches that leave alone what is taken, each with its place in the order of preference. What lies inside
         one of them is not looked at again, unless that one is not chosen."""
@@ -154,14 +162,16 @@ class Matcher:
             for root in reversed(self.view.values):
                 if root.op in ("placeholder", "get_attr") or root in inside or root in outputs:
                     continue
-                match = self._match_at(pattern, root, misses)
+                if (pattern, root) not in self._looked_at:
+                    self._looked_at[pattern, root] = self._match_at(pattern, root, misses)
+                match = self._looked_at[pattern, root]
                 if match is not None and not match.interior & taken:
                     candidates.append((-len(match.interior), rank, -self.order[root], match))
                     outputs |= set(match.outputs)
                     inside |= match.interior - set(match.outputs)
         return candidates
 
-    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, NearMiss]) -> Match | None:
+    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, _Unifier]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
             first = variant.search_order[0]
             if not variant.may_be(first, view.computed[root], view.terms):
@@ -171,7 +181,7 @@ class Matcher:
                 for match in self._prove(variant, {first: root}, bindings, unifier):
                     return match
             if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
-                misses[root] = NearMiss(pattern, root, unifier.reason, unifier.share, unifier.size)
+                misses[root] = unifier
         return None
 
     def _prove(
@@ -368,14 +378,19 @@ class _Unifier:
         self.variant = variant
         self.view = view
         self.share = 0.0
-        self.reason = ""
         self.size = variant.size
+        self._reason: str | Callable[[], str] = ""
         self._done = 0
 
+    @property
+    def reason(self) -> str:
+        """Why the proposal that came furthest failed."""
+        return self._reason() if callable(self._reason) else self._reason
+
     def note(self, share: float, reason: str | Callable[[], str]) -> None:
-        """Keeps the reason of the failure that came furthest. Text is made only where it may be shown."""
+        """Keeps the reason of the failure that came furthest. Text is made only where it is shown."""
         if share > max(self.share, NEARLY):  # a proposal that failed halfway never outranks one that was made
-            self.share, self.reason = share, reason() if callable(reason) else reason
+            self.share, self._reason = share, reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
         self.note(
@@ -407,7 +422,7 @@ class _Unifier:
             else:
                 share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
                 self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes")
-        elif self._is_constant(p):
+        elif self.variant.is_constant(p):
             yield from self._unify_number(p, t, bound)
         elif t in self.view.inner:  # taken as given, but the pattern has more than a parameter here
             yield from self.unify(p, self.view.inner[t], bound)
@@ -427,9 +442,6 @@ class _Unifier:
         finally:
             self._done -= 1
 
-    def _is_constant(self, p: sympy.Expr) -> bool:
-        return all(self.variant.kinds.get(s) == "constant" for s in p.free_symbols)
-
     def _unify_all(self, pairs: list[tuple[sympy.Expr, sympy.Expr]], bound: Bindings) -> Iterator[Bindings]:
         if not pairs:
             yield bound
@@ -446,8 +458,10 @@ class _Unifier:
                 lambda: f"{name}expected a constant, found {self._found(t)}",
             )
             return
-        p = p.subs({s: v for s, v in bound.items() if s in p.free_symbols})
         free = p.free_symbols
+        if free & bound.keys():
+            p = p.subs({s: v for s, v in bound.items() if s in free})
+            free = p.free_symbols
         if not free and _close(p, t):
             yield bound
         elif len(free) == 1:
@@ -502,8 +516,8 @@ class _Unifier:
     def _unify_sum(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         """Sums and products, in any order; the constants of both sides are compared as one."""
         func = p.func
-        want_constant, want = _split(p, func, self._is_constant)
-        have_constant, have = _split(t, func, lambda e: e.is_number)
+        want_constant, want = self.variant.operands(p)
+        have_constant, have = self.view.operands(t, func)
         if len(want) == 1 and want_constant.is_number and self.variant.kinds.get(want[0]) == "tensor":
             value = func(*have) if t.func == func or p.is_Mul else t
             if not _close(want_constant, have_constant):
@@ -513,7 +527,6 @@ class _Unifier:
         if t.func != func and not (p.is_Mul and len(want) == 1):
             self._fail(p, t)
             return
-        want.sort(key=self._specificity)
         if want_constant.is_number and not _close(want_constant, have_constant):
             # What is over may belong to a parameter: `silu(gate) * (2 * up)`.
             over = decimal(have_constant / want_constant if p.is_Mul else have_constant - want_constant)
@@ -562,12 +575,6 @@ class _Unifier:
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
 
-    def _specificity(self, p: sympy.Expr) -> int:
-        """Parts that can match little come first."""
-        if p in self.variant.kinds:
-            return 3
-        return 0 if any(s in self.variant.terms.terms for s in p.free_symbols) else 1
-
 
 def describe(expr: sympy.Expr, terms: Terms) -> str:
     """A value as readable text."""
@@ -592,12 +599,6 @@ def _attribute(value: Any) -> str:
     if isinstance(value, ConstantStr) or hasattr(value, "symbol"):
         return str(value.symbol)
     return str(value)
-
-
-def _split(expr: sympy.Expr, func: Any, is_constant: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
-    args = list(expr.args) if expr.func == func else [expr]
-    constants = [a for a in args if is_constant(a)]
-    return func(*constants), [a for a in args if a not in constants]
 
 
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -645,16 +646,19 @@ def mutates(node: Node) -> bool:
     return works_in_place(op_name(node) or "", node.kwargs)
 
 
-def _best(misses: dict[Node, NearMiss], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
+def _best(misses: dict[Node, _Unifier], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
     """Near misses away from any match, one for each place: of neighbouring ones the most complete."""
     kept: list[NearMiss] = []
     covered = taken | {n for n, value in values.items() if any(values.get(t) == value for t in taken)}
-    for miss in sorted(misses.values(), key=lambda m: -m.share):
-        place = _neighbourhood(miss.node, miss.reach)
-        told = any(k.pattern is miss.pattern and k.reason == miss.reason for k in kept)
-        pair = len(miss.pattern.variants[0].outputs) > 1  # its outputs alone look alike
-        if not place & covered and not (pair and told):
-            kept.append(miss)
+    for node, miss in sorted(misses.items(), key=lambda item: -item[1].share):
+        pattern = miss.variant.pattern
+        place = _neighbourhood(node, miss.size)
+        if place & covered:
+            continue
+        told = any(k.pattern is pattern and k.reason == miss.reason for k in kept)
+        pair = len(pattern.variants[0].outputs) > 1  # its outputs alone look alike
+        if not (pair and told):
+            kept.append(NearMiss(pattern, node, miss.reason, miss.share))
             covered |= place
     return kept
 

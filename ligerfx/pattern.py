@@ -83,6 +83,8 @@ class Variant:
     parameters: dict[str, sympy.Symbol]
     outputs: list[sympy.Expr]
     absent: frozenset[str]
+    _constant: dict[sympy.Expr, bool] = field(default_factory=dict)
+    _operands: dict[sympy.Expr, tuple[sympy.Expr, list[sympy.Expr]]] = field(default_factory=dict)
 
     @functools.cached_property
     def kinds(self) -> dict[sympy.Symbol, str]:
@@ -105,6 +107,25 @@ class Variant:
             return 1 + sum(self._size(a) for a in self.terms.terms[value].args)
         return (1 if value.args else 0) + sum(self._size(a) for a in value.args)
 
+    def is_constant(self, value: sympy.Expr) -> bool:
+        """Whether a value is made of numbers and captured constants."""
+        if value not in self._constant:
+            self._constant[value] = all(self.kinds.get(s) == "constant" for s in value.free_symbols)
+        return self._constant[value]
+
+    def operands(self, value: sympy.Expr) -> tuple[sympy.Expr, list[sympy.Expr]]:
+        """The constant and the other operands of a sum or product, those first that can match little."""
+        if value not in self._operands:
+            constant, others = split(value, value.func, self.is_constant)
+            self._operands[value] = constant, sorted(others, key=self._generality)
+        constant, others = self._operands[value]
+        return constant, list(others)
+
+    def _generality(self, value: sympy.Expr) -> int:
+        if value in self.kinds:
+            return 3
+        return 0 if any(s in self.terms.terms for s in value.free_symbols) else 1
+
     def may_be(self, output: int, value: sympy.Expr, terms: Terms) -> bool:
         """False where an output is one operation and `value` another: nothing needs to be tried."""
         want = self.terms.terms.get(self.outputs[output])
@@ -121,6 +142,13 @@ class Variant:
                 for arg in self.terms.terms[symbol].args:
                     found |= self.parameters_in(arg)
         return found
+
+
+def split(value: sympy.Expr, func: Any, is_constant: Callable[[sympy.Expr], bool]) -> tuple[sympy.Expr, list]:
+    """The constant part and the other operands of a value, seen as a sum or a product."""
+    operands = value.args if value.func == func else (value,)
+    constants = [a for a in operands if is_constant(a)]
+    return func(*constants), [a for a in operands if a not in constants]
 
 
 def pattern(

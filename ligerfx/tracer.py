@@ -36,6 +36,7 @@ from .dissolve import may_dissolve
 from .errors import CaptureError
 from .leaves import leaf_functions
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
+from .shapes import Shapes
 from .signature import call_key, parameter_names, stand_in
 from .source import call_site, describe_error
 from .symbols import FakeInputs, bind_sizes, expression, size_node
@@ -112,6 +113,7 @@ class Tracer(TorchFunctionMode):
         self.root = root
         self.fakes = fakes or FakeInputs()
         self.original_class = original_class
+        self._shapes = Shapes(self.fakes)
         self.frames: list[_Frame] = []
         self.paused = self.guessing = False
         self._fake_of: dict[int, torch.Tensor] = {}  # id(parameter) -> its fake
@@ -197,7 +199,9 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.paused or not self.frames:
-            return _GUESSES[name] if self.guessing and name in _GUESSES else func(*args, **kwargs)
+            if self.guessing and name in _GUESSES:
+                return _GUESSES[name]
+            return self._run(func, name, args, kwargs)
         if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
@@ -206,13 +210,17 @@ class Tracer(TorchFunctionMode):
             out = func(*args, **kwargs)
         else:
             with self.fakes.shape_env.suppress_guards():
-                out = func(*args, **kwargs)
+                out = self._run(func, name, args, kwargs)
         if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
             return out
         frame = self.frames[-1]
         frame.recorded_modes.add(_mode())
         self._record(frame, *_target(func, name, args, kwargs), out)
         return out
+
+    def _run(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        out = self._shapes.result(name, args, kwargs)
+        return func(*args, **kwargs) if out is None else out
 
     def _record(
         self, frame: _Frame, op: str, target: Any, args: Sequence, kwargs: dict, out: Any

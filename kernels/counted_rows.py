@@ -2,6 +2,9 @@
 
 import torch
 
+WORTH_GATHERING = 0.98
+"""The share of rows that count above which gathering and scattering them would take longer than computing all."""
+
 
 class CountedRows:
     """Which rows of a target count in a loss: the result of `rows_that_count`, perhaps still on its way.
@@ -30,13 +33,14 @@ class CountedRows:
                 self._n_valid = self.n_valid
 
     def kept(self) -> torch.Tensor | None:
-        """The indices of the rows that count, ascending, int64; None for all. Waits until the device has them."""
+        """The indices of the rows that count, ascending, int64; None where that is no fewer than are worth leaving
+        out. Waits until the device has them."""
         if self._order is None:
             return None
         if self._arrived is not None:
             self._arrived.synchronize()
         n_valid = int(self._n_valid)
-        return None if n_valid == self.size else self._order[:n_valid]
+        return None if n_valid > self.size * WORTH_GATHERING else self._order[:n_valid]
 
 
 def capturing(tensor: torch.Tensor) -> bool:

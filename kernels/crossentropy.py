@@ -41,11 +41,18 @@ def cross_entropy_reference(
     return loss
 
 
+# The kernels count in units of log(2): z is the scaled and capped logit times log2(e). A natural exponential would
+# multiply by it for every logit, after the scale; here the scale has it in already.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_2 = tl.constexpr(0.6931471805599453)
+
+
 @triton.jit
 def to_z(logit, scale, SOFTCAP: tl.constexpr):
-    z = logit.to(tl.float32) * scale
-    if SOFTCAP is not None:
-        z = SOFTCAP * tanh(z / SOFTCAP)
+    if SOFTCAP is None:
+        z = logit.to(tl.float32) * (scale * LOG2_E)
+    else:
+        z = (SOFTCAP * LOG2_E) * tanh(logit.to(tl.float32) * scale / SOFTCAP)
     return z
 
 
@@ -58,9 +65,9 @@ def load_target_z(row_ptr, target, V, scale, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _absorb(largest, total, z):
-    """Take z into the running maximum and sum of exp(. - maximum) of each lane, with one exponential."""
+    """Take z into the running maximum and sum of 2**(. - maximum) of each lane, with one exponential."""
     step = z - largest
-    ratio = tl.exp(-tl.abs(step))
+    ratio = tl.exp2(-tl.abs(step))
     return tl.maximum(largest, z), tl.where(step > 0, total * ratio + 1.0, total + ratio)
 
 
@@ -75,13 +82,13 @@ def row_stats(
     STAGES: tl.constexpr,
     EVICT: tl.constexpr,
 ):
-    """(maximum, sum of exp(z - maximum), sum of z if SMOOTHING) of a row.
+    """(maximum, sum of 2**(z - maximum), sum of z if SMOOTHING) of a row.
 
     Every lane keeps a maximum and a sum of its own: without a reduction in the loop, nothing makes its loads wait.
     The maximum is finite even if all logits are -inf.
     """
     cols = tl.arange(0, BLOCK)
-    # Not -inf, which would make NaN of exp(-inf - maximum) while every logit so far is -inf.
+    # Not -inf, which would make NaN of -inf - maximum while every logit so far is -inf.
     largest = tl.full([BLOCK], -3e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     z_sum = tl.zeros([BLOCK], tl.float32)
@@ -98,27 +105,35 @@ def row_stats(
             z_sum += tl.where(mask, z, 0.0)
         largest, total = _absorb(largest, total, tl.where(mask, z, float("-inf")))
     row_largest = tl.max(largest, axis=0)
-    return row_largest, tl.sum(total * tl.exp(largest - row_largest), axis=0), tl.sum(z_sum, axis=0)
+    return row_largest, tl.sum(total * tl.exp2(largest - row_largest), axis=0), tl.sum(z_sum, axis=0)
 
 
 @triton.jit
 def loss_of_stats(largest, total, z_sum, z_target, V, z_loss, SMOOTHING: tl.constexpr):
     """(loss, log-sum-exp) of a row. The difference to the maximum is small, and loses no digits."""
-    log_total = tl.log(total)
-    lse = largest + log_total
-    loss = log_total - (1.0 - SMOOTHING) * (z_target - largest)
+    lse = log_sum_exp(largest, total)
+    loss = tl.log2(total) - (1.0 - SMOOTHING) * (z_target - largest)
     if SMOOTHING > 0:
         loss -= SMOOTHING * (z_sum / V - largest)
-    return loss + z_loss * lse * lse, lse
+    return loss * LOG_2 + z_loss * lse * lse, lse
+
+
+@triton.jit
+def log_sum_exp(largest, total):
+    return (largest + tl.log2(total)) * LOG_2
 
 
 @triton.jit
 def grad_of_logits(logits, largest, weight, constant, scale, SOFTCAP: tl.constexpr):
-    """weight * exp(z - largest) - constant, taken through the softcap."""
+    """weight * 2**(z - largest) - constant, taken through the softcap."""
     z = to_z(logits, scale, SOFTCAP)
-    grad = tl.exp(z - largest) * weight - constant
+    return through_softcap(tl.exp2(z - largest) * weight - constant, z, SOFTCAP)
+
+
+@triton.jit
+def through_softcap(grad, z, SOFTCAP: tl.constexpr):
     if SOFTCAP is not None:
-        ratio = z / SOFTCAP
+        ratio = z / (SOFTCAP * LOG2_E)
         grad *= 1.0 - ratio * ratio
     return grad
 
@@ -161,10 +176,7 @@ def write_target_grad(grad_ptr, target, V, z_target, largest, weight, constant, 
     """Write the gradient at the target, which is `hot` less than elsewhere, over what `write_row_grad` wrote."""
     # The barrier orders it after the other threads' writes.
     tl.debug_barrier()
-    grad = tl.exp(z_target - largest) * weight - constant - hot
-    if SOFTCAP is not None:
-        ratio = z_target / SOFTCAP
-        grad *= 1.0 - ratio * ratio
+    grad = through_softcap(tl.exp2(z_target - largest) * weight - constant - hot, z_target, SOFTCAP)
     inside = (target >= 0) & (target < V)
     tl.store(grad_ptr + target, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -240,7 +252,7 @@ def _bwd_kernel(
         factor = tl.load(factor_ptr) * scale
         if (target < 0) | (target >= V):
             factor = float("nan")
-        weight = factor * (1.0 + 2.0 * z_loss * (largest + tl.log(total))) / total
+        weight = factor * (1.0 + 2.0 * z_loss * log_sum_exp(largest, total)) / total
         constant = factor * SMOOTHING / V
         write_row_grad(row_ptr, grad_row, V, largest, weight, constant, scale, SOFTCAP, BLOCK, STAGES)
         hot = factor * (1.0 - SMOOTHING)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _global
 
+from .sharded import is_view_of_flat
+
 PLAIN = (
     str, bool, int, float, complex, type(None), type(...),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -37,6 +39,10 @@ class Read:
     def __post_init__(self) -> None:
         self._state = snapshot(self.value)
 
+    def has_changed(self) -> bool:
+        """Whether the value has been changed in place since it was read."""
+        return self._state is not None and not _equal(snapshot(self.value), self._state)
+
     def holds(self, module: nn.Module) -> bool:
         return self.same(submodule(module, self.path))
 
@@ -52,6 +58,14 @@ class Read:
         if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
             return value.__func__ is self.value.__func__
         return type(value) is type(self.value) and isinstance(value, (*PLAIN, tuple)) and _equal(value, self.value)
+
+
+@dataclasses.dataclass(eq=False)
+class Children(Read):
+    """The names in a list or dict of modules (the attribute "_modules"), of which the graph calls some by name."""
+
+    def same(self, module: nn.Module) -> bool:
+        return tuple(module._modules) == self.value
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,19 +139,32 @@ def stands_for(
     """
     if getattr(type(module), "_original_class", type(module)) is not cls or not runs_its_forward(module):
         return False
-    table = module.__dict__["_parameters"]
+    state = module.__dict__
+    table = state["_parameters"]
     present = 0
     for value in table.values():
         present += value is not None
     for name in parameters:
         if table.get(name) is None:
-            return False
-    return present == len(parameters) and (attributes is None or module.__dict__.keys() <= attributes)
+            if not is_view_of_flat(state.get(name)):
+                return False
+            present += 1
+    if present != len(parameters):
+        return False
+    if attributes is None or state.keys() <= attributes:
+        return True
+    return all(name in parameters and is_view_of_flat(state[name]) for name in state.keys() - attributes)
+
+
+def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that a module has itself (a linear layer may have no bias), gathered or not."""
+    found = {name: value for name, value in module._parameters.items() if value is not None}
+    return found | {name: value for name, value in vars(module).items() if is_view_of_flat(value)}
 
 
 def present_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters that a module has (a linear layer may have no bias)."""
-    return tuple(name for name, value in module._parameters.items() if value is not None)
+    """The names of the parameters that a module has."""
+    return tuple(parameters_of(module))
 
 
 def runs_its_forward(module: nn.Module) -> bool:
@@ -167,24 +194,20 @@ def has_own_hooks(module: nn.Module) -> bool:
     )
 
 
-def same_structure(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two module trees have the same classes, attributes and kinds of parameters."""
-    if a is b:
-        return True
-    if type(a) is not type(b) or vars(a).keys() != vars(b).keys():
-        return False
-    for table in ("_parameters", "_buffers"):
-        mine, other = vars(a)[table], vars(b)[table]
-        if mine.keys() != other.keys():
-            return False
-        for x, y in zip(mine.values(), other.values(), strict=True):
-            if (x is None) != (y is None):
-                return False
-            if x is not None and (x.shape != y.shape or x.dtype != y.dtype or x.device != y.device):
-                return False
-    if a._modules.keys() != b._modules.keys():
-        return False
-    return all(
-        (x is None and y is None) or (x is not None and y is not None and same_structure(x, y))
-        for x, y in zip(a._modules.values(), b._modules.values(), strict=True)
-    )
+def structure(module: nn.Module, memo: dict[int, tuple] | None = None) -> tuple:
+    """What module trees have in common that can share a graph: classes, attributes, kinds of parameters."""
+    memo = {} if memo is None else memo
+    if id(module) not in memo:
+        buffers = {name: value for name, value in module._buffers.items() if value is not None}
+        parameters = parameters_of(module)
+        memo[id(module)] = (
+            type(module),
+            frozenset(vars(module)),
+            *((name, _kind(value)) for name, value in (*parameters.items(), *buffers.items())),
+            *((name, None if child is None else structure(child, memo)) for name, child in module._modules.items()),
+        )
+    return memo[id(module)]
+
+
+def _kind(value: torch.Tensor) -> tuple:
+    return torch.Size(getattr(value, "ds_shape", value.shape)), value.dtype, value.device

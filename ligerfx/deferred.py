@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
 
 _METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
                          "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes"}}  # fmt: skip
@@ -21,7 +23,10 @@ _METADATA_METHODS = {
     "element_size",
     "__len__",
 }
-_LAZY_METHODS = {"float", "to", "half", "bfloat16", "double", "detach", "contiguous"}
+_LAZY_METHODS = {"float", "to", "half", "bfloat16", "double", "detach", "contiguous", "clone"}
+_UNKNOWN_YET = {"grad_fn", "_base"}
+"""What wrappers of distributed training ask of every output of a model, to decide what to do with it: None until
+the values exist."""
 
 
 class DeferredTensor(torch.Tensor):
@@ -38,6 +43,7 @@ class DeferredTensor(torch.Tensor):
     _compute: Callable[[], torch.Tensor]
     _value: torch.Tensor | None
     _needs: list[tuple[torch.Tensor, int]]
+    _hooks: dict[int, Callable]
 
     @staticmethod
     def make(
@@ -51,7 +57,7 @@ class DeferredTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             DeferredTensor, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
-        self._compute, self._needs, self._value = compute, needs, None
+        self._compute, self._needs, self._value, self._hooks = compute, needs, None, OrderedDict()
         return self
 
     def materialize(self) -> torch.Tensor:
@@ -64,9 +70,17 @@ class DeferredTensor(torch.Tensor):
                             "the logits of this output were deferred, and the model's weights have changed since "
                             "(an optimiser step?). Read outputs.logits before the weights change."
                         )
+                    if tensor.untyped_storage().nbytes() == 0 < tensor.numel():
+                        raise RuntimeError(
+                            "the logits of this output were deferred, and FSDP has freed the whole weights of the "
+                            "head since. Read outputs.logits before the backward, and do not reshard the module that "
+                            "holds the head after forward (FSDP2: reshard_after_forward=False, the root's default)."
+                        )
                 # As if computed at once: with a graph if gradients were on then, whoever looks now.
                 with torch.set_grad_enabled(self.requires_grad):
                     self._value = self._compute()
+                for hook in self._hooks.values():
+                    self._value.register_hook(hook)
             return self._value
 
     @classmethod
@@ -78,6 +92,13 @@ class DeferredTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
+        if isinstance(first, DeferredTensor) and first._value is None:
+            if attribute in _UNKNOWN_YET:
+                return None
+            if name == "register_hook" and first.requires_grad:
+                handle = RemovableHandle(first._hooks)
+                first._hooks[handle.id] = args[1]
+                return handle
         if name in _LAZY_METHODS and isinstance(first, DeferredTensor) and _stays_deferred(name, args, kwargs):
             return first._then(func, args[1:], kwargs)
         args, kwargs = torch.utils._pytree.tree_map_only(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import Capture, Read, join, runs_its_forward
+from .capture import Capture, join, runs_its_forward
 from .errors import CaptureError
 from .symbols import bind_sizes, expression, size_node
 from .traced_numbers import TracedFloat, TracedInt
@@ -145,7 +145,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _merge(new: Capture, child: Capture, path: str, given: list) -> None:
     """What the capture of a dissolved module rests on, its caller's now rests on."""
-    new.reads += [Read(join(path, read.path), read.name, read.value) for read in child.reads]
+    new.reads += [type(read)(join(path, read.path), read.name, read.value) for read in child.reads]
     new.guards += child.guards
     new.absorbed |= {join(path, inner): known for inner, known in child.absorbed.items()}
     for index, (value, node) in enumerate(zip(child.leaf_values, given, strict=True)):

@@ -19,15 +19,16 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter
 
-from .capture import Capture, same_structure, stands_for
+from .capture import Capture, stands_for, structure
 from .dissolve import dissolved, scopes, straddled
 from .errors import CaptureError, PatternError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
 from .rewriter import rewrite
+from .shadow import exposes_parameters
 from .signature import call_key
 from .source import describe_error
 from .symbols import FakeInputs, expression
@@ -49,6 +50,7 @@ class Program:
     function: Callable | None = None
     code: str = ""
     dissolved: frozenset[str] = frozenset()  # paths of the modules whose calls were dissolved into this graph
+    changed: bool = False  # whether the graph is another than the one that was captured
 
     def __deepcopy__(self, memo: dict) -> Program:
         return self  # immutable; holds nothing of the module that it runs on
@@ -59,7 +61,7 @@ class Session:
     """What the modules of one optimised model share: the patterns, and programs that twins may take over."""
 
     patterns: list[Pattern]
-    programs: dict[tuple, list[tuple[nn.Module, Program]]] = field(default_factory=dict)
+    programs: dict[tuple, list[Program]] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
     def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
@@ -98,22 +100,22 @@ class Session:
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
         guard = _guard(capture, bool(chosen))
-        rewrite(capture.graph, matches)
+        changed = rewrite(capture.graph, matches)
         function, code = compile_graph(capture.graph)
-        return Program(capture, guard, matches, near, function, code, frozenset(chosen))
+        return Program(capture, guard, matches, near, function, code, frozenset(chosen), changed)
 
     def remember(self, module: nn.Module, key: tuple, program: Program) -> None:
-        self.programs.setdefault((original_class(module), key), []).append((module, program))
+        self.programs.setdefault((structure(module), key), []).append(program)
 
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
         """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
-        for twin, program in self.programs.get((original_class(module), key), ()):
-            if same_structure(twin, module) and program.guard(module, leaves):
+        for program in self.programs.get((structure(module), key), ()):
+            if program.guard(module, leaves):
                 return program
         tracer = Tracer(module, original_class=original_class)
         capture = tracer.trace(args, kwargs)
         program = self.compile(capture, tracer.fakes)
-        if not program.matches:
+        if not program.changed:
             program.function = None
         self.remember(module, key, program)
         return program
@@ -123,12 +125,13 @@ class Session:
 
 
 class OptimizedModule(GraphModule):
-    """Base of all rewritten modules. Made by `ligerfx.optimize`, never by hand."""
+    """Base of all rewritten modules. Made by `ligerfx.optimize`, never by hand: calling the class, as its
+    `from_pretrained` does, makes a module of the original class."""
 
     _original_class: type
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> OptimizedModule:
-        return object.__new__(cls)
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        return cls._original_class(*args, **kwargs) if args or kwargs else object.__new__(cls)
 
     @property
     def graph(self) -> Graph:
@@ -251,14 +254,34 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     with session.lock:
         program = session.program_for(module, key, leaves, args, kwargs)
     programs.setdefault(key, []).append(program)
+    warn_of_full_logits(module, program)
     # A capture that does not even serve the call that it was made for must not run.
     return (program if program.guard(module, leaves) else None), leaves
 
 
 def _warn_once(module: OptimizedModule, message: str) -> None:
-    if not module.__dict__.setdefault("_ligerfx_warned", False):
-        module.__dict__["_ligerfx_warned"] = True
+    warned = module.__dict__.setdefault("_ligerfx_warned", set())
+    if message not in warned:
+        warned.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+def warn_of_full_logits(module: OptimizedModule, program: Program) -> None:
+    """Says that a head with an adapter, say, is called, so that the logits exist and only their loss is a kernel."""
+    for match in program.matches:
+        node = match.inputs.get("logits") if "cross_entropy" in match.pattern.idioms else None
+        while isinstance(node, Node) and node.op in ("call_function", "call_method") and node.args:
+            node = node.args[0]  # a cast, a soft cap
+        if isinstance(node, Node) and node.op == "call_module":
+            head = module.get_submodule(node.target)
+            if not exposes_parameters(head):
+                _warn_once(
+                    module,
+                    f"{type(module).__name__}: {node.target} is a {type(head).__name__} with an adapter, a hook or "
+                    "quantised weights, and not a plain nn.Linear. It is called as it is, so the logits are computed "
+                    "in full and only their loss runs as a kernel. As a plain nn.Linear (after merge_and_unload(), "
+                    "say), it is fused with the loss.",
+                )
 
 
 def compile_graph(graph: Graph) -> tuple[Callable, str]:

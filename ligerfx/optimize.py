@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ from .capture import Capture
 from .clone import clone_tree
 from .errors import OptimizeError
 from .inputs import normalized_inputs
-from .module import OptimizedModule, Program, Session, install, optimized_class, original_class
+from .module import (
+    OptimizedModule,
+    Program,
+    Session,
+    install,
+    optimized_class,
+    original_class,
+    warn_of_full_logits,
+)
 from .pattern import Pattern
 from .report import Report
 from .tracer import Tracer
@@ -72,7 +81,16 @@ def optimize(
     session = Session(list(patterns))
     programs = _compile(capture, session, tracer)
     result = _assemble(model, session, programs)
-    result.__dict__["report"] = Report.of(result, {p: c.error for p, c in capture.subtree() if c.error}, programs)
+    report = Report.of(result, {p: c.error for p, c in capture.subtree() if c.error}, programs)
+    result.__dict__["report"] = report
+    if report.opaque and not report.rewrites:
+        path, reason = next(iter(report.opaque.items()))
+        warnings.warn(
+            f"nothing in {report.model} was rewritten, and it runs as before: {path or 'the model'} could not be "
+            f"captured ({reason}). result.report says more; example_inputs of another kind, or optimising the part "
+            "that can be captured (the model inside a wrapper), may help",
+            stacklevel=2,
+        )
     return result
 
 
@@ -109,7 +127,7 @@ def _assemble(model: nn.Module, session: Session, programs: dict[str, Program]) 
 
     def class_of(module: nn.Module) -> type:
         path = paths[id(module)]
-        rewritten = path == "" or (path in programs and programs[path].matches)
+        rewritten = path == "" or (path in programs and programs[path].changed)
         cls = original_class(module)
         return optimized_class(cls) if rewritten else cls
 
@@ -121,4 +139,5 @@ def _assemble(model: nn.Module, session: Session, programs: dict[str, Program]) 
             clone.__dict__.pop("_graph", None)
             install(clone, session, programs[path])
             session.remember(clone, programs[path].capture.key, programs[path])
+            warn_of_full_logits(clone, programs[path])
     return result

@@ -8,16 +8,18 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
-from .canonical import is_pure
+from .canonical import is_pure, op_name
 from .deferred import deferred_logits
+from .leaves import is_mask_function
 from .matcher import Match, mutates
 from .pattern import Inputs
 
 
-def rewrite(graph: Graph, matches: list[Match]) -> None:
-    """Replaces each match in `graph` and erases what only it needed."""
+def rewrite(graph: Graph, matches: list[Match]) -> bool:
+    """Replaces each match in `graph` and erases what only it needed. Gives whether anything was changed."""
     replaced: dict[Node, Node] = {}  # an output of one match may be an input of the next
     forks: list[tuple[Node, Match]] = []
     for match in matches:
@@ -30,7 +32,34 @@ def rewrite(graph: Graph, matches: list[Match]) -> None:
     for call, match in sorted(forks, key=lambda fork: fork[0]):
         source = match.inputs[match.pattern.forks]
         latest[source] = _fork(graph, call, latest.get(source, source), len(match.outputs))
+    waits_less = _say_that_nothing_is_packed(graph)
     _tidy(graph)
+    return bool(matches) or waits_less
+
+
+def _say_that_nothing_is_packed(graph: Graph) -> bool:
+    """Leaves out the positions that a mask function is given where they count up by one.
+
+    transformers looks in them for sequences that are packed one behind the other, and waits for the device to
+    answer, at the start of each forward: the device then stands still until the first layers are queued anew.
+    """
+    masks = [n for n in graph.nodes if is_mask_function(n.target) and _counts_up(n.kwargs.get("position_ids"))]
+    for node in masks:
+        node.update_kwarg("position_ids", None)
+    return bool(masks)
+
+
+def _counts_up(value: Any) -> bool:
+    """Whether a value is one row of consecutive integers, the same in each sequence of the batch."""
+    if not isinstance(value, Node):
+        return False
+    name, args = op_name(value), value.args
+    if name == "arange":
+        return len(args) <= 2 and "step" not in value.kwargs
+    if name == "add" and not value.kwargs:
+        is_number = isinstance(args[1].meta.get("val") if isinstance(args[1], Node) else args[1], (int, torch.SymInt))
+        return is_number and _counts_up(args[0])
+    return name == "unsqueeze" and args[1:] == (0,) and _counts_up(args[0])
 
 
 def _tidy(graph: Graph) -> None:

@@ -95,4 +95,6 @@ def stand_in(value: Any, update: Callable) -> Any:
         return update(self, *args, **kwargs)
 
     body = {"__getattribute__": __getattribute__, "update": record_update, "_ligerfx_stands_for": cls}
+    if hasattr(cls, "__getattr__"):  # called after an AttributeError, that of nn.Module would ask again, without end
+        body["__getattr__"] = __getattribute__
     return object.__new__(type(cls.__name__, (cls,), body))

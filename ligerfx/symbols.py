@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from .errors import CaptureError
+from .sharded import Whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class FakeInputs:
 
     def __init__(self) -> None:
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
-        self.mode = FakeTensorMode(shape_env=self.shape_env)
+        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
         self.traced: dict[Any, Any] = {}  # graphs of patterns on inputs like these, which many places share
         self._sizes: dict[int, torch.SymInt] = {}
@@ -76,12 +77,15 @@ class FakeInputs:
         with self.mode:
             return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
-    def parameter(self, value: torch.Tensor) -> torch.Tensor:
+    def parameter(self, value: torch.Tensor | Whole) -> torch.Tensor:
         """A fake of a parameter or buffer, with its own static sizes.
 
         It requires no gradient: capture must save nothing for a backward, since it may run inside a region
         whose saved tensors are counted (gradient checkpointing).
         """
+        if isinstance(value, Whole):
+            with self.mode:
+                return torch.empty(value.shape, dtype=value.dtype, device=value.device)
         fake = self.mode.from_tensor(value, static_shapes=True)
         return fake.requires_grad_(False) if fake.is_leaf else fake.detach()
 

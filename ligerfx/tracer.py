@@ -24,10 +24,12 @@ from .capture import (
     OWN_ATTRIBUTES,
     PLAIN,
     Capture,
+    Children,
     Read,
     join,
+    parameters_of,
     present_parameters,
-    same_structure,
+    structure,
     submodule,
     works_in_place,
 )
@@ -37,6 +39,7 @@ from .errors import CaptureError
 from .leaves import leaf_functions
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
 from .shapes import Shapes
+from .sharded import whole_parameters, wrapped_module
 from .signature import call_key, parameter_names, stand_in
 from .source import call_site, describe_error
 from .symbols import FakeInputs, bind_sizes, expression, size_node
@@ -121,11 +124,13 @@ class Tracer(TorchFunctionMode):
         self._paths: dict[int, str] = {}  # id(shadow) -> path from the root
         self._real: dict[int, nn.Module] = {}  # id(shadow) -> module
         self._finished: dict[tuple, list[tuple[nn.Module, Capture]]] = {}
+        self._structures: dict[int, tuple] = {}
 
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """Runs the root on fake versions of the given inputs and returns its capture."""
         shadows: dict[int, nn.Module] = {}
         logged: dict[type, type] = {}
+        self._whole = whole_parameters(self.root)
         shadow_root = clone_tree(
             self.root,
             lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, logged),
@@ -176,12 +181,19 @@ class Tracer(TorchFunctionMode):
         state = shadow.__dict__
         self._real[id(shadow)] = real
         forward = self.original_class(real).forward
+        if inner := wrapped_module(real):
+            forward = functools.partial(_call_child, inner)
         state["forward"] = functools.partial(self._call_module, shadow, forward)
+        for name, value in parameters_of(real).items():
+            if state.pop(name, None) is not None:
+                state["_parameters"][name] = value
         for table in ("_parameters", "_buffers"):
             state[table] = LazyFakes(state[table], self._fake_parameter)
         for name, value in state.items():
             if name.endswith("_hooks") and value:
                 state[name] = type(value)()
+            elif type(value) in (list, dict, set):  # what forward puts into it (a cache, say) is not for the model
+                state[name] = value.copy()
         if state.get("gradient_checkpointing"):
             state["gradient_checkpointing"] = False
 
@@ -190,7 +202,7 @@ class Tracer(TorchFunctionMode):
             return value
         if id(value) not in self._fake_of:
             with self._pause():
-                fake = value if _is_fake(value) else self.fakes.parameter(value)
+                fake = value if _is_fake(value) else self.fakes.parameter(self._whole.get(id(value), value))
             self._fake_of[id(value)] = fake
             self._real_of[id(fake)] = value
         return self._fake_of[id(value)]
@@ -306,7 +318,7 @@ class Tracer(TorchFunctionMode):
         real = self._real_of.get(id(value))
         if real is not None:
             for path, owner in submodule(self.root, frame.path).named_modules():
-                for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                for name, tensor in (*parameters_of(owner).items(), *owner._buffers.items()):
                     if tensor is real:
                         return self._attribute(frame, join(path, name), value)
         raise CaptureError("a tensor that is neither an input nor a parameter of this module is used")
@@ -368,6 +380,15 @@ class Tracer(TorchFunctionMode):
                     frame.reads[relative, name] = Read(relative, name, value)
                 return
 
+    def _log_containers(self, frame: _Frame, target: str) -> None:
+        """A forward that runs through a list of modules runs through those that are in it."""
+        path = ""
+        for name in target.split(".")[:-1]:
+            path = join(path, name)
+            container = submodule(self.root, join(frame.path, path))
+            if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
+                frame.reads.setdefault((path, "_modules"), Children(path, "_modules", tuple(container._modules)))
+
     def _call_module(self, shadow: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if self.paused:
             return forward(shadow, *args, **kwargs)
@@ -398,15 +419,16 @@ class Tracer(TorchFunctionMode):
         self, frame: _Frame, path: str, args: tuple, kwargs: dict, out: Any, real: nn.Module
     ) -> torch.fx.Node | None:
         frame.recorded_modes.add(_mode())
-        node = self._record(frame, "call_module", self._relative(frame, path), args, kwargs, out)
+        target = self._relative(frame, path)
+        self._log_containers(frame, target)
+        node = self._record(frame, "call_module", target, args, kwargs, out)
         if node is not None and exposes_parameters(real):
             node.meta["parameters"] = {}
             with frame.graph.inserting_before(node):
-                for name, value in real._parameters.items():
-                    if value is not None:
-                        attribute = frame.graph.create_node("get_attr", join(node.target, name))
-                        attribute.meta["val"] = self._fake_parameter(value)
-                        node.meta["parameters"][name] = attribute
+                for name, value in parameters_of(real).items():
+                    attribute = frame.graph.create_node("get_attr", join(node.target, name))
+                    attribute.meta["val"] = self._fake_parameter(value)
+                    node.meta["parameters"][name] = attribute
         return node
 
     def _capture_module(
@@ -435,6 +457,7 @@ class Tracer(TorchFunctionMode):
             capture.reads = list(frame.reads.values())
             if not capture.error:
                 self._check_modes(frame)
+                self._check_reads(frame)
         self._finish(frame, out, placeholders)
         capture.output = out
         self._finished.setdefault((self.original_class(self._real[id(shadow)]), key), []).append(
@@ -470,6 +493,12 @@ class Tracer(TorchFunctionMode):
             if mode[1:] != frame.entry_mode[1:]:
                 frame.fail("the autocast mode changes inside forward")
             frame.capture.grad_enabled = mode[0]
+
+    def _check_reads(self, frame: _Frame) -> None:
+        for read in frame.reads.values():
+            if read.has_changed():
+                where = join(frame.path, read.path) or "the model"
+                frame.fail(f"forward changes the attribute {read.name!r} of {where!r} in place")
 
     def _finish(self, frame: _Frame, out: Any, placeholders: list[torch.fx.Node]) -> None:
         capture = frame.capture
@@ -542,7 +571,7 @@ class Tracer(TorchFunctionMode):
                 same = (
                     all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
                     and _same_aliasing(capture.leaf_values, leaves)
-                    and same_structure(twin, real)
+                    and structure(twin, self._structures) == structure(real, self._structures)
                     and all(
                         read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads
                     )
@@ -596,6 +625,10 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_holds_tensor(v) for v in value)
     return isinstance(value, torch.Tensor)
+
+
+def _call_child(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._modules[name](*args, **kwargs)
 
 
 def _is_fake(value: torch.Tensor) -> bool:

@@ -293,6 +293,42 @@ def test_layer_wrapped_after_optimize(llama, path):
     assert_same(optimised, model, batch(llama))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: layers.__delitem__(0),
+        lambda layers: layers.append(copy.deepcopy(layers[0])),
+        lambda layers: layers.insert(1, copy.deepcopy(layers[1])),
+        lambda layers: layers.__setitem__(0, layers[1]),
+    ],
+    ids=["removed", "appended", "inserted", "replaced"],
+)
+def test_list_of_layers_changed(llama, change):
+    optimised, model = both(llama)
+    for m in (optimised, model):
+        change(m.model.layers)
+        m.config.num_hidden_layers = 3  # all that there are
+    assert_same(optimised, model, batch(llama))
+
+
+def test_positions_of_the_models_own_are_not_searched_for_packed_sequences(llama, monkeypatch):
+    masking = pytest.importorskip("transformers.masking_utils")
+    looked = []
+    find = masking.find_packed_sequence_indices
+    monkeypatch.setattr(masking, "find_packed_sequence_indices", lambda ids: looked.append(ids) or find(ids))
+    given = {**batch(llama, 2, 12, packed=True), "use_cache": False}
+    inputs = {name: value for name, value in given.items() if name != "position_ids"}
+    optimised, model = ligerfx.optimize(llama, inputs), llama
+    assert_same(optimised, model, inputs)
+    looked.clear()
+    optimised(**inputs)
+    assert not looked
+    model(**inputs)
+    assert len(looked) == 1
+    assert_same(optimised, model, given)  # these are packed, and treated as such
+    assert not torch.equal(optimised(**given).logits + 0, optimised(**inputs).logits + 0)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_head_replaced_by_another_linear(llama, bias):
     optimised, model = both(llama)

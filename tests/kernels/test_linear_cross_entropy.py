@@ -84,9 +84,9 @@ def test_ignored_rows_among_others(device, poison, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_rows(device, poison, assert_as_accurate, assert_matches, dtype):
-    vocab = 20001
+    vocab = 40001
     assert vocab > 2 * _tuning(vocab)[0]
-    target = torch.tensor([20000, 3, 10000], device=device)
+    target = torch.tensor([40000, 3, 20000], device=device)
     inputs = _inputs(device, (3, 8), vocab, bias=False, dtype=dtype)
     if dtype == torch.float32:
         assert_matches(*_pair(target), inputs, atol=1e-6)

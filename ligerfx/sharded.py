@@ -1,0 +1,76 @@
+"""Parameters of which a process keeps a shard, and which are whole while their module runs.
+
+FSDP and DeepSpeed ZeRO-3 gather them in hooks, which do not run during capture: it takes their whole sizes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What forward sees of a sharded parameter."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def whole_parameters(root: nn.Module) -> dict[int, Whole]:
+    """What forward sees of each sharded parameter below `root`, by the id of the tensor that is there now."""
+    return dict(_found(root, None))
+
+
+def _found(module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[int, Whole]]:
+    """`dtype` is that of the mixed precision of the nearest FSDP2 module."""
+    if hasattr(type(module), "_get_fsdp_state"):
+        dtype = module._get_fsdp_state()._mp_policy.param_dtype
+    handle = module.__dict__.get("_handle")
+    if getattr(getattr(handle, "flat_param", None), "_is_flat_param", False):
+        yield from _views(handle)
+    for value in module._parameters.values():
+        if _is_shard(value):
+            yield id(value), Whole(value.shape, dtype or value.dtype, value.device)
+        elif hasattr(value, "ds_shape") and value.shape != value.ds_shape:  # ZeRO-3
+            yield id(value), Whole(torch.Size(value.ds_shape), value.dtype, value.device)
+    for child in module.children():
+        yield from _found(child, dtype)
+
+
+def _is_shard(value: Any) -> bool:
+    """Whether a parameter is one of FSDP2: a DTensor that is split over one dimension of its mesh. (One that is
+    split over more is of tensor parallelism, too, and forward sees a part of it.)"""
+    if not hasattr(value, "full_tensor"):
+        return False
+    return value.is_floating_point() and sum(placement.is_shard() for placement in value.placements) == 1
+
+
+def _views(handle: Any) -> Iterator[tuple[int, Whole]]:
+    """The views that FSDP1 makes of one flat parameter."""
+    flat = handle.flat_param
+    wholes = {}
+    for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
+        wholes[id(info.module), info.param_name] = whole = Whole(shape, handle._fwd_bwd_param_dtype, flat.device)
+        yield id(getattr(info.module, info.param_name)), whole
+    for info in flat._shared_param_infos:
+        whole = wholes[id(info.prim_module), info.prim_param_name]
+        yield id(getattr(info.module, info.param_name)), whole
+
+
+def is_view_of_flat(value: Any) -> bool:
+    """Whether a tensor is what FSDP1 puts in the place of a parameter while its module runs."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    with torch._C.DisableTorchFunction():  # no operation of the model
+        return getattr(value._base, "_is_flat_param", False)
+
+
+def wrapped_module(module: nn.Module) -> str | None:
+    """The name of the one child that an FSDP1 wrapper calls, once it has gathered its parameters."""
+    return "_fsdp_wrapped_module" if "_fsdp_wrapped_module" in module._modules else None

@@ -18,7 +18,7 @@ try:
 except ImportError:
     # Enough of Triton for the kernel definitions to be read; `use_triton` keeps them from being launched.
     triton = types.SimpleNamespace(jit=lambda function: function)
-    tl = types.SimpleNamespace(constexpr=None)
+    tl = types.SimpleNamespace(constexpr=lambda value: value)
     HAS_TRITON = False
     INTERPRET = False
 

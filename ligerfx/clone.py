@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,11 @@ def _rebind(value: Any, memo: dict[int, nn.Module]) -> Any:
     """Points bound methods and unregistered references of the original tree to the copy."""
     if isinstance(value, types.MethodType) and id(value.__self__) in memo:
         return types.MethodType(value.__func__, memo[id(value.__self__)])
+    if type(value) is functools.partial:  # what accelerate puts in the place of a forward
+        args = [_rebind(a, memo) for a in value.args]
+        new = functools.partial(value.func, *args, **{k: _rebind(v, memo) for k, v in value.keywords.items()})
+        new.__dict__.update({k: _rebind(v, memo) for k, v in value.__dict__.items()})
+        return new
     if isinstance(value, nn.Module):
         return memo.get(id(value), value)
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
+
+from .sharded import is_hook_of_fsdp
 
 _METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
                          "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes"}}  # fmt: skip
@@ -44,6 +47,7 @@ class DeferredTensor(torch.Tensor):
     _value: torch.Tensor | None
     _needs: list[tuple[torch.Tensor, int]]
     _hooks: dict[int, Callable]
+    _freed: bool
 
     @staticmethod
     def make(
@@ -58,6 +62,7 @@ class DeferredTensor(torch.Tensor):
             DeferredTensor, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
         self._compute, self._needs, self._value, self._hooks = compute, needs, None, OrderedDict()
+        self._freed = False
         return self
 
     def materialize(self) -> torch.Tensor:
@@ -70,7 +75,7 @@ class DeferredTensor(torch.Tensor):
                             "the logits of this output were deferred, and the model's weights have changed since "
                             "(an optimiser step?). Read outputs.logits before the weights change."
                         )
-                    if tensor.untyped_storage().nbytes() == 0 < tensor.numel():
+                    if self._freed or tensor.untyped_storage().nbytes() == 0 < tensor.numel():
                         raise RuntimeError(
                             "the logits of this output were deferred, and FSDP has freed the whole weights of the "
                             "head since. Read outputs.logits before the backward, and do not reshard the module that "
@@ -96,9 +101,7 @@ class DeferredTensor(torch.Tensor):
             if attribute in _UNKNOWN_YET:
                 return None
             if name == "register_hook" and first.requires_grad:
-                handle = RemovableHandle(first._hooks)
-                first._hooks[handle.id] = args[1]
-                return handle
+                return first._hook_later(args[1])
         if name in _LAZY_METHODS and isinstance(first, DeferredTensor) and _stays_deferred(name, args, kwargs):
             return first._then(func, args[1:], kwargs)
         args, kwargs = torch.utils._pytree.tree_map_only(
@@ -128,6 +131,24 @@ class DeferredTensor(torch.Tensor):
                 like.device,
                 grad,
             )
+
+    def _hook_later(self, hook: Callable) -> RemovableHandle:
+        """Keeps a hook of the gradient for the values."""
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        if is_hook_of_fsdp(hook) and self._needs:
+            # The whole weights last until the backward. Their version is no sign: FSDP keeps it when it gathers others.
+            me = weakref.ref(self)
+
+            def freed(grad: torch.Tensor) -> None:
+                if (deferred := me()) is not None:
+                    deferred._freed = True
+
+            with torch._C.DisableTorchFunctionSubclass():
+                x, _ = self._needs[0]
+                if x.requires_grad:
+                    x.register_hook(freed)
+        return handle
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(self.materialize())

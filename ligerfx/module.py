@@ -20,15 +20,18 @@ import sympy
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, stands_for, structure
+from .deferred import DeferredTensor
 from .dissolve import dissolved, scopes, straddled
 from .errors import CaptureError, PatternError
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
 from .rewriter import rewrite
 from .shadow import exposes_parameters
+from .sharded import may_reshard_after_forward
 from .signature import call_key
 from .source import describe_error
 from .symbols import FakeInputs, expression
@@ -208,9 +211,13 @@ def optimized_class(cls: type) -> type:
             return cls.forward(self, *args, **kwargs)
         capture = program.capture
         if capture.grad_enabled is None:
-            return program.function(self, *[leaves[i] for i in capture.leaves])
-        with torch.set_grad_enabled(capture.grad_enabled):
-            return program.function(self, *[leaves[i] for i in capture.leaves])
+            out = program.function(self, *[leaves[i] for i in capture.leaves])
+        else:
+            with torch.set_grad_enabled(capture.grad_enabled):
+                out = program.function(self, *[leaves[i] for i in capture.leaves])
+        if not torch.is_grad_enabled() and may_reshard_after_forward(self):
+            return tree_map_only(DeferredTensor, DeferredTensor.materialize, out)
+        return out
 
     body = {
         "forward": forward,

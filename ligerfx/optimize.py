@@ -24,6 +24,7 @@ from .module import (
 )
 from .pattern import Pattern
 from .report import Report
+from .sharded import data_parallel_wrapper
 from .tracer import Tracer
 
 
@@ -73,6 +74,11 @@ def optimize(
     for pattern in patterns:
         if not isinstance(pattern, Pattern):
             raise OptimizeError(f"patterns must hold ligerfx patterns, not {pattern!r}: decorate with @ligerfx.pattern")
+    if wrapper := data_parallel_wrapper(model):
+        raise OptimizeError(
+            f"the model has been wrapped by {wrapper}, which is bound to these very modules: call ligerfx.optimize "
+            "first, and wrap the model that it returns"
+        )
     args, kwargs = normalized_inputs(model, example_inputs)
     tracer = Tracer(model, original_class=original_class)
     capture = tracer.trace(args, kwargs)

@@ -63,6 +63,27 @@ def _views(handle: Any) -> Iterator[tuple[int, Whole]]:
         yield id(getattr(info.module, info.param_name)), whole
 
 
+def data_parallel_wrapper(root: nn.Module) -> str | None:
+    """The name of what has wrapped `root` or a module in it for data parallel training, if anything has."""
+    for module in root.modules():
+        cls = type(module)
+        if hasattr(cls, "_get_fsdp_state"):
+            return "fully_shard"
+        if cls.__module__.startswith(("torch.nn.parallel.", "torch.distributed.fsdp.")):
+            return cls.__name__
+    return None
+
+
+def may_reshard_after_forward(module: nn.Module) -> bool:
+    """Whether FSDP2 may free the module's whole parameters as soon as its forward is over."""
+    return hasattr(type(module), "_get_fsdp_state")
+
+
+def is_hook_of_fsdp(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # FSDP1 registers a partial
+    return getattr(function, "__module__", "").startswith("torch.distributed.fsdp.")
+
+
 def is_view_of_flat(value: Any) -> bool:
     """Whether a tensor is what FSDP1 puts in the place of a parameter while its module runs."""
     if not isinstance(value, torch.Tensor):

@@ -18,7 +18,8 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .capture import (
     OWN_ATTRIBUTES,
@@ -119,6 +120,7 @@ class Tracer(TorchFunctionMode):
         self._shapes = Shapes(self.fakes)
         self.frames: list[_Frame] = []
         self.paused = self.guessing = False
+        self._device: torch.device | None = None  # of the first tensor of the call
         self._fake_of: dict[int, torch.Tensor] = {}  # id(parameter) -> its fake
         self._real_of: dict[int, torch.Tensor] = {}  # id(fake) -> the parameter
         self._paths: dict[int, str] = {}  # id(shadow) -> path from the root
@@ -141,6 +143,7 @@ class Tracer(TorchFunctionMode):
         for path, shadow in shadow_root.named_modules():
             self._paths[id(shadow)] = path
         args, kwargs = self._fake_call(args, kwargs)
+        self._device = next((x.device for x in call_key(args, kwargs)[1] if isinstance(x, torch.Tensor)), None)
         self._shadow_root = shadow_root
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
         with leaf_functions(self.root.modules(), self.record_leaf_function), self.fakes.active(), self:
@@ -202,7 +205,7 @@ class Tracer(TorchFunctionMode):
             return value
         if id(value) not in self._fake_of:
             with self._pause():
-                fake = value if _is_fake(value) else self.fakes.parameter(self._whole.get(id(value), value))
+                fake = value if _is_fake(value) else self.fakes.parameter(self._whole.get(id(value), value), self._device)
             self._fake_of[id(value)] = fake
             self._real_of[id(fake)] = value
         return self._fake_of[id(value)]
@@ -400,7 +403,12 @@ class Tracer(TorchFunctionMode):
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self._pause():
-                out = forward(shadow, *args, **kwargs)
+                try:
+                    out = forward(shadow, *args, **kwargs)
+                except Exception:
+                    if not isinstance(real, nn.Linear) or len(args) != 1 or kwargs:
+                        raise
+                    out = _probed(real, forward, *args)
             self._record_call(self.frames[-1], path, args, kwargs, out, real)
             return out
         capture, out = self._reuse(real, path, args, kwargs)
@@ -581,6 +589,15 @@ class Tracer(TorchFunctionMode):
                 with self._pause(), self.fakes.active():
                     return capture, _fresh(capture.output, inputs)
         return None, None
+
+
+def _probed(layer: nn.Linear, forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    """The fake result of a linear layer that does not run on fakes (quantised weights are more than a tensor). Only
+    its dtype is not known beforehand: the layer itself is asked, with two rows of zeros."""
+    with _disable_current_modes(), _pop_mode_temporarily(), torch.no_grad():
+        probe = torch.zeros(2, layer.in_features, dtype=x.dtype, device=x.device)
+        dtype = forward(layer, probe).dtype
+    return x.new_empty((*x.shape[:-1], layer.out_features), dtype=dtype)
 
 
 def _getter(frame: _Frame, make: Callable, function: Callable, key: Any, value: Any) -> Callable:

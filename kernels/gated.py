@@ -150,7 +150,7 @@ def glu_backward(
 ) -> None:
     """Write the gradients into dgate and dup (contiguous, or [rows, I] with contiguous rows); None is skipped.
 
-    z, of the same kind, receives `glu_forward`'s result again, to the bit; it may be dy itself.
+    z, of the same kind, receives `glu_forward`'s result again; it may be dy itself.
     """
     tensors = dy, gate, up, dgate, dup, z
     if all(t is None or t.is_contiguous() for t in tensors):

@@ -137,13 +137,13 @@ def loss_and_grad_(
 def _chunk_rows(n_rows: int, row_bytes: int, budget: int) -> int:
     """Rows a chunk: one chunk if the budget allows, else few of about the same size.
 
-    Rows in multiples of 1024, where there are that many: the gradient of x, [rows, H], has few tiles, each a sum over
+    Rows in multiples of 512, where there are that many: the gradient of x, [rows, H], has few tiles, each a sum over
     the vocabulary, and most hidden sizes then fill the multiprocessors evenly.
     """
     most = max(1, budget // row_bytes)
     if n_rows <= most:
         return n_rows
-    tile = next(tile for tile in (1024, 128, 1) if tile <= most)
+    tile = next(tile for tile in (512, 128, 1) if tile <= most)
     n_chunks = triton.cdiv(n_rows, most - most % tile)
     return min(n_rows, triton.cdiv(triton.cdiv(n_rows, n_chunks), tile) * tile)
 

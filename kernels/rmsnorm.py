@@ -277,7 +277,11 @@ def backward(
     """(gradient of h, gradient of weight) from those of y and h; None for what is not needed.
 
     h and rstd are those of `forward`. y: dense with the layout of h and the dtype of the forward's y, which is
-    written into it again, bit for bit; it may be dy itself, if dy has that layout.
+    written into it again; it may be dy itself, if dy has that layout.
+
+    What is written again are the same values, rounded from the same products. (On a GPU, ptxas may fuse the last
+    product of one of the kernels with its rounding: an element in thousands, near the middle between two numbers of
+    a 16-bit dtype, then comes out as the other one.)
     """
     hidden, n_rows = weight.shape[0], rstd.numel()
     dy = with_layout_of(dy, h)

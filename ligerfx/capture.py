@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as _global
 
 from .sharded import is_view_of_flat
+from .traced_numbers import TracedInt, plain
 
 PLAIN = (
     str, bool, int, float, complex, type(None), type(...),
@@ -55,8 +57,13 @@ class Read:
             return type(value) is type(self.value) and _equal(snapshot(value), self._state)
         if value is self.value:
             return True
+        if isinstance(self.value, TracedInt):
+            return type(value) is int and (not self.value.used or value == plain(self.value))
         if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
             return value.__func__ is self.value.__func__
+        if isinstance(value, functools.partial) and isinstance(self.value, functools.partial):
+            mine, other = ((p.func, p.args, p.keywords) for p in (value, self.value))
+            return _equal(mine, other)
         return type(value) is type(self.value) and isinstance(value, (*PLAIN, tuple)) and _equal(value, self.value)
 
 
@@ -66,6 +73,14 @@ class Children(Read):
 
     def same(self, module: nn.Module) -> bool:
         return tuple(module._modules) == self.value
+
+
+@dataclasses.dataclass(eq=False)
+class Alias(Read):
+    """One module under two names below `path`, `name` and `value`, of which the graph uses the first."""
+
+    def same(self, module: nn.Module) -> bool:
+        return submodule(module, self.name) is submodule(module, self.value)
 
 
 @dataclasses.dataclass(eq=False)

@@ -47,6 +47,8 @@ def _copy(module: nn.Module, class_of: Callable[[nn.Module], type], memo: dict[i
 
 
 def _own(name: str, value: Any) -> Any:
+    if name == "_parameters":  # that of ZeRO-3 is a dict bound to its module, which gathers what is looked up
+        return dict(value)
     is_table = name in _REGISTRIES or name.endswith("_hooks") or "_hooks_" in name
     return value.copy() if is_table and hasattr(value, "copy") else value
 
@@ -57,8 +59,12 @@ def _rebind(value: Any, memo: dict[int, nn.Module]) -> Any:
         return types.MethodType(value.__func__, memo[id(value.__self__)])
     if type(value) is functools.partial:  # what accelerate puts in the place of a forward
         args = [_rebind(a, memo) for a in value.args]
-        new = functools.partial(value.func, *args, **{k: _rebind(v, memo) for k, v in value.keywords.items()})
-        new.__dict__.update({k: _rebind(v, memo) for k, v in value.__dict__.items()})
+        keywords, attributes = ({k: _rebind(v, memo) for k, v in d.items()} for d in (value.keywords, vars(value)))
+        before = (*value.args, *value.keywords.values(), *vars(value).values())
+        if all(a is b for a, b in zip((*args, *keywords.values(), *attributes.values()), before, strict=True)):
+            return value
+        new = functools.partial(value.func, *args, **keywords)
+        vars(new).update(attributes)
         return new
     if isinstance(value, nn.Module):
         return memo.get(id(value), value)

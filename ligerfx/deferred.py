@@ -198,6 +198,8 @@ def deferred_logits(
                 logits = torch.tanh(logits / softcap) * softcap
             return logits
 
+    if torch.compiler.is_compiling():  # what a compiled graph gives are tensors
+        return compute()
     requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return DeferredTensor.make(
         compute,

@@ -49,8 +49,9 @@ def example_call(model: nn.Module) -> dict[str, torch.Tensor]:
             f"{type(model).__name__} has no config.vocab_size and input_ids to make example inputs from: "
             "pass example_inputs, one call of the model as a dict or a tuple"
         )
-    first = next(iter(model.parameters()), None)
-    device = first.device if first is not None else torch.device("cpu")
+    devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
+    # Offloaded parameters are on the meta device until a hook brings them to the others.
+    device = next((d for d in devices if d.type != "meta"), devices[0] if devices else torch.device("cpu"))
     call: dict[str, Any] = {"input_ids": torch.zeros(BATCH, SEQUENCE, dtype=torch.long, device=device)}
     for name in ("attention_mask", "labels"):
         if name in parameters:

@@ -21,6 +21,8 @@ _lock = threading.RLock()
 
 MASKS = "transformers.masking_utils"
 EAGER_ATTENTION = "eager_attention_forward"
+CACHE_INDEX = "layer_idx"
+"""The attribute by which a layer of transformers knows its own entries in a cache."""
 
 
 def is_mask_function(value: Any) -> bool:

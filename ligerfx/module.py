@@ -139,6 +139,12 @@ class OptimizedModule(GraphModule):
     @property
     def graph(self) -> Graph:
         """The graph of this module's forward, for the signature that `optimize` captured."""
+        if torch.compiler.is_exporting():  # it runs the graph of a GraphModule, whatever call that is the graph of
+            raise RuntimeError(
+                f"torch.export does not call a GraphModule such as this {type(self).__name__}, but runs its graph, "
+                "which serves one kind of call. Export the original model, which has the same parameters, or an "
+                "nn.Module whose forward calls this one."
+            )
         if "_graph" not in self.__dict__:
             shared = self._ligerfx_program.capture.graph
             own = Graph(owning_module=self)
@@ -250,6 +256,8 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
         for program in known:
             if program.guard(module, leaves):
                 return program, leaves
+    if torch.compiler.is_compiling():  # which cannot stop to capture anything: it sees the original forward
+        return None, leaves
     if sum(map(len, programs.values())) >= MAX_SIGNATURES:
         _warn_once(
             module,

@@ -48,7 +48,7 @@ def optimize(
         patterns: what to look for, in order; default `ligerfx.patterns.default_patterns(low_memory)`.
         low_memory: whether act(gate) * up, which only the down projection reads, is written again by the backward's
             kernel instead of being kept (one activation of the intermediate size a layer, for one write of it), and
-            the loss works on chunks half as large. The results are equally exact. Without effect on `patterns`.
+            the loss works on smaller chunks. The results are equally exact. Without effect on `patterns`.
 
     Returns:
         A `torch.fx.GraphModule` that is also an instance of the model's class, with a `report`.
@@ -84,19 +84,16 @@ def optimize(
     capture = tracer.trace(args, kwargs)
     if capture.error is not None:
         _check_that_it_runs(model, args, kwargs)
+    replaced = _replaced(model)
+    if "" in replaced:
+        capture.error = replaced[""]
     session = Session(list(patterns))
     programs = _compile(capture, session, tracer)
     result = _assemble(model, session, programs)
-    report = Report.of(result, {p: c.error for p, c in capture.subtree() if c.error}, programs)
+    opaque = replaced | {path: sub.error for path, sub in capture.subtree() if sub.error}
+    report = Report.of(result, opaque, programs)
     result.__dict__["report"] = report
-    if report.opaque and not report.rewrites:
-        path, reason = next(iter(report.opaque.items()))
-        warnings.warn(
-            f"nothing in {report.model} was rewritten, and it runs as before: {path or 'the model'} could not be "
-            f"captured ({reason}). result.report says more; example_inputs of another kind, or optimising the part "
-            "that can be captured (the model inside a wrapper), may help",
-            stacklevel=2,
-        )
+    _warn_of_what_stays(report, replaced)
     return result
 
 
@@ -114,6 +111,35 @@ def _check_that_it_runs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     finally:
         for buffer, value in state:
             buffer.copy_(value)
+
+
+def _replaced(model: nn.Module) -> dict[str, str]:
+    """Why a module whose forward is another than its class's runs as it is, by module path. Of torch's own modules
+    and of what is inside another such module nothing needs to be said."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(outer + ".") for outer in found if outer)
+        ours = not inside and type(module).__module__.split(".")[0] != "torch"
+        if "forward" in vars(module) and (ours or path == ""):
+            found[path] = "its forward was replaced on the instance (accelerate does that for offloading and autocast)"
+    return found
+
+
+def _warn_of_what_stays(report: Report, replaced: dict[str, str]) -> None:
+    if report.opaque and not report.rewrites:
+        path, reason = next(iter(report.opaque.items()))
+        warnings.warn(
+            f"nothing in {report.model} was rewritten, and it runs as before: {path or 'the model'} could not be "
+            f"captured ({reason}). result.report says more; other example_inputs, or optimising the model before it is "
+            "wrapped or changed, may help",
+            stacklevel=3,
+        )
+    elif "" in replaced:
+        warnings.warn(
+            f"only modules inside {report.model} were rewritten: {replaced['']}. Its own part, with the loss, is "
+            "rewritten too if ligerfx.optimize comes first",
+            stacklevel=3,
+        )
 
 
 def _compile(capture: Capture, session: Session, tracer: Tracer) -> dict[str, Program]:

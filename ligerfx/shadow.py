@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import has_hooks, has_own_hooks, present_parameters, runs_its_forward, stands_for
+from .capture import has_hooks, has_own_hooks, parameters_of, present_parameters, runs_its_forward, stands_for
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
     "forward",
@@ -36,7 +36,10 @@ class LazyFakes(dict):
 
 
 def logged_class(cls: type, log: Callable, log_write: Callable, cache: dict[type, type]) -> type:
-    """A subclass of `cls` that reports which attributes are read and set. It passes for `cls` by name."""
+    """A subclass of `cls` that reports which attributes are read and set. It passes for `cls` by name.
+
+    `log(shadow, name, value)` gives what the model's code sees of an attribute that is read.
+    """
     if cls not in cache:
 
         def __getattribute__(self: nn.Module, name: str) -> Any:
@@ -44,7 +47,7 @@ def logged_class(cls: type, log: Callable, log_write: Callable, cache: dict[type
             if not name.startswith("__") and name not in _INTERNAL and not name.endswith("_hooks"):
                 state = object.__getattribute__(self, "__dict__")
                 if name in state or (isinstance(value, _CONSTANT) and _is_class_constant(cls, name)):
-                    log(self, name, value)
+                    return log(self, name, value)
             return value
 
         def __setattr__(self: nn.Module, name: str, value: Any) -> None:
@@ -85,7 +88,7 @@ def is_leaf_module(module: nn.Module, cls: type) -> bool:
 
 def owns_nothing(module: nn.Module) -> bool:
     """True for activation functions and the like, which have no parameters, buffers or children."""
-    owns = module._parameters or module._buffers or module._modules
+    owns = parameters_of(module) or module._buffers or module._modules
     return not owns and runs_its_forward(module)
 
 

@@ -5,11 +5,13 @@ FSDP and DeepSpeed ZeRO-3 gather them in hooks, which do not run during capture:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -77,6 +79,18 @@ def data_parallel_wrapper(root: nn.Module) -> str | None:
 def may_reshard_after_forward(module: nn.Module) -> bool:
     """Whether FSDP2 may free the module's whole parameters as soon as its forward is over."""
     return hasattr(type(module), "_get_fsdp_state")
+
+
+@contextlib.contextmanager
+def torchs_own_linear() -> Iterator[None]:
+    """While active, `F.linear` is torch's own, of which patterns speak. ZeRO-3 puts another function in its place,
+    which computes the same from other operations."""
+    current = F.linear
+    F.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        F.linear = current
 
 
 def is_hook_of_fsdp(hook: Any) -> bool:

@@ -77,8 +77,9 @@ class FakeInputs:
         with self.mode:
             return torch.empty(sizes, dtype=value.dtype, device=value.device)
 
-    def parameter(self, value: torch.Tensor | Whole) -> torch.Tensor:
-        """A fake of a parameter or buffer, with its own static sizes.
+    def parameter(self, value: torch.Tensor | Whole, device: torch.device | None = None) -> torch.Tensor:
+        """A fake of a parameter or buffer, with its own static sizes. One on the meta device, in a call on another
+        `device`, is offloaded: a hook will bring it there.
 
         It requires no gradient: capture must save nothing for a backward, since it may run inside a region
         whose saved tensors are counted (gradient checkpointing).
@@ -86,6 +87,9 @@ class FakeInputs:
         if isinstance(value, Whole):
             with self.mode:
                 return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        if value.is_meta and device is not None and device.type != "meta":
+            with self.mode:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         fake = self.mode.from_tensor(value, static_shapes=True)
         return fake.requires_grad_(False) if fake.is_leaf else fake.detach()
 

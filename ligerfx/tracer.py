@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .capture import (
     OWN_ATTRIBUTES,
     PLAIN,
+    Alias,
     Capture,
     Children,
     Read,
+    has_own_hooks,
     join,
     parameters_of,
     present_parameters,
@@ -37,10 +39,10 @@ from .capture import (
 from .clone import clone_tree
 from .dissolve import may_dissolve
 from .errors import CaptureError
-from .leaves import leaf_functions
+from .leaves import CACHE_INDEX, leaf_functions
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
 from .shapes import Shapes
-from .sharded import whole_parameters, wrapped_module
+from .sharded import torchs_own_linear, whole_parameters, wrapped_module
 from .signature import call_key, parameter_names, stand_in
 from .source import call_site, describe_error
 from .symbols import FakeInputs, bind_sizes, expression, size_node
@@ -78,7 +80,7 @@ class _Frame:
         self.sizes: dict[sympy.Expr, Any] = {}
         self.entry_mode = _mode()
         self.recorded_modes: set[tuple] = set()
-        self.reads: dict[tuple[str, str], Read] = {}
+        self.reads: dict[tuple[str, Any], Read] = {}
 
     def fail(self, reason: str) -> None:
         self.capture.error = self.capture.error or reason
@@ -133,6 +135,7 @@ class Tracer(TorchFunctionMode):
         shadows: dict[int, nn.Module] = {}
         logged: dict[type, type] = {}
         self._whole = whole_parameters(self.root)
+        self._aliases = _aliases(self.root)
         shadow_root = clone_tree(
             self.root,
             lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, logged),
@@ -197,6 +200,9 @@ class Tracer(TorchFunctionMode):
                 state[name] = type(value)()
             elif type(value) in (list, dict, set):  # what forward puts into it (a cache, say) is not for the model
                 state[name] = value.copy()
+        # transformers collects hidden states and attentions in hooks, and marks the model that has them: the shadow
+        # has none.
+        state.pop("_output_capturing_hooks_installed", None)
         if state.get("gradient_checkpointing"):
             state["gradient_checkpointing"] = False
 
@@ -205,7 +211,8 @@ class Tracer(TorchFunctionMode):
             return value
         if id(value) not in self._fake_of:
             with self._pause():
-                fake = value if _is_fake(value) else self.fakes.parameter(self._whole.get(id(value), value), self._device)
+                whole = self._whole.get(id(value), value)
+                fake = value if _is_fake(value) else self.fakes.parameter(whole, self._device)
             self._fake_of[id(value)] = fake
             self._real_of[id(fake)] = value
         return self._fake_of[id(value)]
@@ -352,8 +359,17 @@ class Tracer(TorchFunctionMode):
     def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with self._pause():
             out = torch.empty_like(key), torch.empty_like(value)
-        self._record(self.frames[-1], "call_method", "update", (cache, key, value, *args), kwargs, out)
+        frame = self.frames[-1]
+        args = [self._handed_on(frame, a) for a in args]
+        self._record(frame, "call_method", "update", (cache, key, value, *args), kwargs, out)
         return out
+
+    def _handed_on(self, frame: _Frame, value: Any) -> Any:
+        """A number that the module read of itself, as that attribute."""
+        if isinstance(value, TracedInt) and frame.node_of(value) is None:
+            for owner, name in self._attributes_holding(frame, value):
+                self._attribute(frame, join(owner, name), value)
+        return value
 
     @contextlib.contextmanager
     def _pause(self, guess: bool = False) -> Iterator[None]:
@@ -372,16 +388,19 @@ class Tracer(TorchFunctionMode):
         if not self.paused and self.frames and id(shadow) in self._paths:
             self.frames[-1].fail(f"forward sets the attribute {name!r} of {self._paths[id(shadow)] or 'the model'!r}")
 
-    def _log_read(self, shadow: nn.Module, name: str, value: Any) -> None:
+    def _log_read(self, shadow: nn.Module, name: str, value: Any) -> Any:
         path = self._paths.get(id(shadow))
         if self.paused or path is None or isinstance(value, nn.Module):
-            return
+            return value
         for frame in reversed(self.frames):
             if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
                 relative = self._relative(frame, path)
                 if (relative, name) not in frame.reads:
-                    frame.reads[relative, name] = Read(relative, name, value)
-                return
+                    # A layer that tells a cache its number, and no more, has the graph of the other layers.
+                    traced = TracedInt(value) if name == CACHE_INDEX and type(value) is int else value
+                    frame.reads[relative, name] = Read(relative, name, traced)
+                return frame.reads[relative, name].value if name == CACHE_INDEX else value
+        return value
 
     def _log_containers(self, frame: _Frame, target: str) -> None:
         """A forward that runs through a list of modules runs through those that are in it."""
@@ -411,8 +430,10 @@ class Tracer(TorchFunctionMode):
                     out = _probed(real, forward, *args)
             self._record_call(self.frames[-1], path, args, kwargs, out, real)
             return out
-        capture, out = self._reuse(real, path, args, kwargs)
-        if capture is None:
+        capture = out = None
+        if not any(has_own_hooks(inner) for inner in shadow.modules() if inner is not shadow):
+            capture, out = self._reuse(real, path, args, kwargs)
+        if capture is None:  # forward may also have made hooks inside, which must see what is computed there
             capture, out = self._capture_module(shadow, forward, path, args, kwargs)
         if self.frames:
             parent = self.frames[-1]
@@ -447,6 +468,9 @@ class Tracer(TorchFunctionMode):
         if not self.frames:
             self._root_capture = capture
         frame = _Frame(path, capture)
+        for names in self._aliases:
+            if all(name.startswith(path + ".") or not path for name in names):
+                frame.reads["", names] = Alias("", *(self._relative(frame, name) for name in names))
         with self._pause():  # looking at sizes here is not the caller's doing
             placeholders = self._placeholders(frame, forward, args, kwargs, leaves)
         guards_before = len(self.fakes.shape_env.guards)
@@ -560,7 +584,7 @@ class Tracer(TorchFunctionMode):
                 bind_sizes(value, node, frame.sizes)
         self.frames.append(frame)
         try:
-            with contextlib.nullcontext() if meta else self.fakes.active(), self:
+            with torchs_own_linear(), contextlib.nullcontext() if meta else self.fakes.active(), self:
                 out = function(**arguments)
             frame.graph.output(self._output_arg(frame, out))
         finally:
@@ -595,8 +619,8 @@ def _probed(layer: nn.Linear, forward: Callable, x: torch.Tensor) -> torch.Tenso
     """The fake result of a linear layer that does not run on fakes (quantised weights are more than a tensor). Only
     its dtype is not known beforehand: the layer itself is asked, with two rows of zeros."""
     with _disable_current_modes(), _pop_mode_temporarily(), torch.no_grad():
-        probe = torch.zeros(2, layer.in_features, dtype=x.dtype, device=x.device)
-        dtype = forward(layer, probe).dtype
+        width = x.shape[-1].node.hint if isinstance(x.shape[-1], torch.SymInt) else x.shape[-1]
+        dtype = forward(layer, torch.zeros(2, width, dtype=x.dtype, device=x.device)).dtype
     return x.new_empty((*x.shape[:-1], layer.out_features), dtype=dtype)
 
 
@@ -642,6 +666,13 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_holds_tensor(v) for v in value)
     return isinstance(value, torch.Tensor)
+
+
+def _aliases(root: nn.Module) -> list[tuple[str, str]]:
+    """The first name of each module that has several, with each other name."""
+    first: dict[int, str] = {}
+    named = root.named_modules(remove_duplicate=False)
+    return [(first[id(m)], name) for name, m in named if first.setdefault(id(m), name) != name]
 
 
 def _call_child(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The module that comes back: dispatch, guards, copies, and that it is the model's own class."""
 
 import copy
+import functools
 import gc
 import inspect
 import io
@@ -13,6 +14,7 @@ from torch import nn
 
 import ligerfx
 from ligerfx import OptimizedModule
+from ligerfx.tracer import Tracer
 from models import batch, make
 
 H = 8
@@ -261,6 +263,51 @@ def test_activation_with_another_attribute():
     for m in (optimised, model):
         m.act.approximate = "tanh"
     x = torch.randn(2, 3, H) * 3
+    assert torch.equal(optimised(x), model(x))
+
+
+@pytest.mark.parametrize(("family", "use_cache"), [("llama", True), ("llama", False), ("gemma3", True)])
+def test_layers_alike_learn_once(family, use_cache, monkeypatch):
+    """What a first call has to capture does not grow with depth, and a second call captures nothing."""
+    captured = []
+    trace = Tracer.trace
+    monkeypatch.setattr(Tracer, "trace", lambda self, *a: captured.append(type(self.root).__name__) or trace(self, *a))
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3" else {}
+    optimised = ligerfx.optimize(make(family, num_hidden_layers=4, **kinds))
+    inputs = batch(optimised) | {"use_cache": use_cache}
+    captured.clear()
+    optimised(**inputs)
+    layers = [name for name in captured if name.endswith("DecoderLayer")]
+    assert len(layers) <= (2 if kinds else 1)
+    captured.clear()
+    optimised(**inputs)
+    assert not captured
+
+
+def test_an_attribute_that_is_a_partial():
+    class Gelu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = functools.partial(nn.functional.gelu, approximate="tanh")
+
+        def forward(self, x):
+            return self.act(x)
+
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.act = nn.Linear(H, H), nn.Linear(H, H), Gelu()
+
+        def forward(self, x):
+            return self.act(self.gate(x)) * self.up(x)
+
+    x = torch.randn(2, 3, H) * 3
+    optimised, model = ligerfx.optimize(module := MLP(), (x,)), copy.deepcopy(module)
+    for m in (optimised, copy.deepcopy(optimised)):
+        m(x)
+        assert programs(m) == {"": 1}  # nothing new: it is the same partial, or one like it
+    for m in (optimised, model):
+        m.act.act = functools.partial(nn.functional.gelu, approximate="none")
     assert torch.equal(optimised(x), model(x))
 
 

@@ -149,7 +149,10 @@ class Tracer(TorchFunctionMode):
         self._device = next((x.device for x in call_key(args, kwargs)[1] if isinstance(x, torch.Tensor)), None)
         self._shadow_root = shadow_root
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
-        with leaf_functions(self.root.modules(), self.record_leaf_function), self.fakes.active(), self:
+        # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
+        uncompiled = torch.compiler.set_stance("force_eager")
+        leaves = leaf_functions(self.root.modules(), self.record_leaf_function)
+        with uncompiled, leaves, self.fakes.active(), self:
             try:
                 shadow_root(*args, **kwargs)
             except Exception as error:  # the graph of every finished module is still good

@@ -22,7 +22,12 @@ def _loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), target.reshape(-1), **options)
 
 
-def _applies(*, reduction: str, **_) -> str | None:
+def _applies(
+    *, target: torch.Tensor, reduction: str, x: torch.Tensor = None, logits: torch.Tensor = None, **_
+) -> str | None:
+    rows = (x if logits is None else logits).shape[:-1]
+    if target.shape != rows:  # labels that were flattened before a cast, say
+        return f"target: expected shape {list(rows)}, found {list(target.shape)}"
     return None if reduction in ("mean", "sum") else f"reduction {reduction!r}: the kernel sums or averages"
 
 

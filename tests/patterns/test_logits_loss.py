@@ -273,3 +273,12 @@ def test_hook_registered_after_optimize_fires(assert_same):
     for head in (module.lm_head, optimised.lm_head):
         head.register_forward_hook(lambda m, args, out: out * 2)
     assert_same(module, optimised, inputs, rtol=1e-6)
+
+
+def test_labels_flattened_before_a_cast(optimise):
+    def loss(logits, labels):
+        return F.cross_entropy(logits.float().view(-1, V), labels.view(-1).to(torch.int64))
+
+    inputs = [torch.randint(V, (2, 6)), torch.randint(V, (2, 6), dtype=torch.int32)]
+    (miss,) = optimise(LM(loss), inputs, []).near_misses
+    assert miss.reason.startswith("target: expected shape [s") and "found [" in miss.reason

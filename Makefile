@@ -1,5 +1,6 @@
 # make demo    optimise a small model and train it beside the original
 # make test    the test suite (tests/gpu is skipped without a GPU)
+# make test-processes    DDP, FSDP and DeepSpeed, where that is installed: two processes, minutes
 # make lint    ruff
 # make clean   remove the virtual environment and what the tools left behind
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-processes lint clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m ligerfx.demo
@@ -15,6 +16,9 @@ demo: $(INSTALLED)
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for HuggingFace's package.
 test: $(INSTALLED)
 	$(VENV)/bin/pytest -n 2
+
+test-processes: $(INSTALLED)
+	LIGERFX_PROCESSES=1 $(VENV)/bin/pytest tests/training/test_distributed.py tests/training/test_deepspeed.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

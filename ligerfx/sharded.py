@@ -6,6 +6,7 @@ FSDP and DeepSpeed ZeRO-3 gather them in hooks, which do not run during capture:
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -81,16 +82,20 @@ def may_reshard_after_forward(module: nn.Module) -> bool:
     return hasattr(type(module), "_get_fsdp_state")
 
 
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def torchs_own_linear() -> Iterator[None]:
     """While active, `F.linear` is torch's own, of which patterns speak. ZeRO-3 puts another function in its place,
     which computes the same from other operations."""
-    current = F.linear
-    F.linear = torch._C._nn.linear
-    try:
-        yield
-    finally:
-        F.linear = current
+    with _lock:
+        current = F.linear
+        F.linear = torch._C._nn.linear
+        try:
+            yield
+        finally:
+            F.linear = current
 
 
 def is_hook_of_fsdp(hook: Any) -> bool:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -149,10 +151,10 @@ class Tracer(TorchFunctionMode):
         self._device = next((x.device for x in call_key(args, kwargs)[1] if isinstance(x, torch.Tensor)), None)
         self._shadow_root = shadow_root
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
-        # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
-        uncompiled = torch.compiler.set_stance("force_eager")
         leaves = leaf_functions(self.root.modules(), self.record_leaf_function)
-        with uncompiled, leaves, self.fakes.active(), self:
+        # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
+        # The stance is the process's, and is set while `leaves` keeps other threads from tracing.
+        with leaves, torch.compiler.set_stance("force_eager"), _errors_not_logged(), self.fakes.active(), self:
             try:
                 shadow_root(*args, **kwargs)
             except Exception as error:  # the graph of every finished module is still good
@@ -348,9 +350,14 @@ class Tracer(TorchFunctionMode):
         """Runs a leaf function unrecorded and records one call of it."""
         if self.paused or not self.frames:
             return function(*args, **kwargs)
-        with self._pause():
-            out = function(*args, **kwargs)
         frame = self.frames[-1]
+        try:
+            with self._pause():
+                out = function(*args, **kwargs)
+        except Exception as error:  # it looks at the data, as the mask for flash attention does: the layers do not
+            frame.fail(describe_error(error))
+            with self._pause(guess=True):
+                out = function(*args, **kwargs)
         frame.recorded_modes.add(_mode())
         if out is None:
             frame.fail(f"{function.__name__} returned None, which may depend on the data")
@@ -669,6 +676,21 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return any(_holds_tensor(v) for v in value)
     return isinstance(value, torch.Tensor)
+
+
+@contextlib.contextmanager
+def _errors_not_logged() -> Iterator[None]:
+    """torch logs operations that fail on fakes; here that ends the capture of a module, and is in the report."""
+    logger, thread = logging.getLogger("torch._subclasses.fake_tensor"), threading.get_ident()
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 def _aliases(root: nn.Module) -> list[tuple[str, str]]:

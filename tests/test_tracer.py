@@ -532,6 +532,9 @@ def test_two_threads_optimise_and_run_at_once():
     for model, (idioms, loss, expected) in zip(models, results, strict=True):
         assert idioms == expected_idioms(model)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    # What capture changes for the whole process, for a moment, is as it was.
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+    assert torch.nn.functional.linear is torch._C._nn.linear
 
 
 def test_another_thread_runs_a_model_while_one_is_captured():

@@ -1,0 +1,28 @@
+"""DeepSpeed's ZeRO around an optimised model, two processes on the CPU: the bits of the original in the same engine.
+
+The checks are in `_deepspeed_workers.py`, each under the name of its test here.
+"""
+
+import importlib.util
+import os
+
+import pytest
+from training.processes import failure, run_workers
+
+pytestmark = pytest.mark.skipif(
+    "LIGERFX_PROCESSES" not in os.environ, reason="takes minutes: make test-processes, which sets LIGERFX_PROCESSES"
+)
+
+CHECKS = ["zero2", "zero3", "zero3_built_in_shards"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    if importlib.util.find_spec("deepspeed") is None:  # not imported here: it takes hold of the process
+        pytest.skip("deepspeed is not installed")
+    return run_workers("_deepspeed_workers.py", tmp_path_factory.mktemp("deepspeed"), CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_processes(outcomes, check):
+    assert not failure(outcomes[check])

@@ -1,0 +1,45 @@
+"""DDP, FSDP2 and FSDP1 around an optimised model, two processes on the CPU: the bits of one process.
+
+The checks are in `_workers.py`, each under the name of its test here.
+"""
+
+import os
+
+import pytest
+import torch
+from training.processes import failure, run_workers
+
+pytestmark = pytest.mark.skipif(
+    "LIGERFX_PROCESSES" not in os.environ, reason="takes minutes: make test-processes, which sets LIGERFX_PROCESSES"
+)
+
+CHECKS = [
+    "ddp",
+    "ddp_tied_with_unused_parameters_looked_for",
+    "ddp_logits_used",
+    "ddp_no_sync",
+    "ddp_of_an_optimised_part",
+    "fsdp2",
+    "fsdp2_tied",
+    "fsdp2_mixed_precision",
+    "fsdp2_accumulation",
+    "fsdp2_state_dicts",
+    "fsdp2_logits",
+    "fsdp1",
+    "fsdp1_with_original_parameters",
+    "fsdp1_tied",
+    "fsdp1_no_sync_and_mixed_precision",
+    "optimize_after_wrapping",
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    if not torch.distributed.is_available():
+        pytest.skip("this build of torch has no torch.distributed")
+    return run_workers("_workers.py", tmp_path_factory.mktemp("workers"), CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_processes(outcomes, check):
+    assert not failure(outcomes[check])

@@ -31,7 +31,7 @@ from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
 from .rewriter import rewrite
 from .shadow import exposes_parameters
-from .sharded import may_reshard_after_forward
+from .sharded import is_fully_sharded
 from .signature import call_key
 from .source import describe_error
 from .symbols import FakeInputs, expression
@@ -107,12 +107,10 @@ class Session:
         function, code = compile_graph(capture.graph)
         return Program(capture, guard, matches, near, function, code, frozenset(chosen), changed)
 
-    def remember(self, module: nn.Module, key: tuple, program: Program) -> None:
-        self.programs.setdefault((structure(module), key), []).append(program)
-
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
         """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
-        for program in self.programs.get((structure(module), key), ()):
+        programs = self.programs.setdefault((structure(module), key), [])
+        for program in programs:
             if program.guard(module, leaves):
                 return program
         tracer = Tracer(module, original_class=original_class)
@@ -120,7 +118,7 @@ class Session:
         program = self.compile(capture, tracer.fakes)
         if not program.changed:
             program.function = None
-        self.remember(module, key, program)
+        programs.append(program)
         return program
 
     def __deepcopy__(self, memo: dict) -> Session:
@@ -221,7 +219,7 @@ def optimized_class(cls: type) -> type:
         else:
             with torch.set_grad_enabled(capture.grad_enabled):
                 out = program.function(self, *[leaves[i] for i in capture.leaves])
-        if not torch.is_grad_enabled() and may_reshard_after_forward(self):
+        if not torch.is_grad_enabled() and is_fully_sharded(self):  # whose whole weights may be freed now
             return tree_map_only(DeferredTensor, DeferredTensor.materialize, out)
         return out
 

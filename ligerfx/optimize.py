@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import Capture
+from .capture import Capture, structure
 from .clone import clone_tree
 from .errors import OptimizeError
 from .inputs import normalized_inputs
@@ -170,6 +170,11 @@ def _assemble(model: nn.Module, session: Session, programs: dict[str, Program]) 
         if isinstance(clone, OptimizedModule):
             clone.__dict__.pop("_graph", None)
             install(clone, session, programs[path])
-            session.remember(clone, programs[path].capture.key, programs[path])
             warn_of_full_logits(clone, programs[path])
+    structures: dict[int, tuple] = {}
+    for original_id, path in paths.items():  # once all are installed: what is inside a module is part of its structure
+        clone = memo[original_id]
+        if isinstance(clone, OptimizedModule):
+            key = structure(clone, structures), programs[path].capture.key
+            session.programs.setdefault(key, []).append(programs[path])
     return result

@@ -57,8 +57,8 @@ def _counts_up(value: Any) -> bool:
     if name == "arange":
         return len(args) <= 2 and "step" not in value.kwargs
     if name == "add" and not value.kwargs:
-        is_number = isinstance(args[1].meta.get("val") if isinstance(args[1], Node) else args[1], (int, torch.SymInt))
-        return is_number and _counts_up(args[0])
+        offset = args[1].meta.get("val") if isinstance(args[1], Node) else args[1]
+        return isinstance(offset, (int, torch.SymInt)) and _counts_up(args[0])
     return name == "unsqueeze" and args[1:] == (0,) and _counts_up(args[0])
 
 

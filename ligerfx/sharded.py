@@ -32,7 +32,7 @@ def whole_parameters(root: nn.Module) -> dict[int, Whole]:
 
 def _found(module: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[int, Whole]]:
     """`dtype` is that of the mixed precision of the nearest FSDP2 module."""
-    if hasattr(type(module), "_get_fsdp_state"):
+    if is_fully_sharded(module):
         dtype = module._get_fsdp_state()._mp_policy.param_dtype
     handle = module.__dict__.get("_handle")
     if getattr(getattr(handle, "flat_param", None), "_is_flat_param", False):
@@ -70,15 +70,15 @@ def data_parallel_wrapper(root: nn.Module) -> str | None:
     """The name of what has wrapped `root` or a module in it for data parallel training, if anything has."""
     for module in root.modules():
         cls = type(module)
-        if hasattr(cls, "_get_fsdp_state"):
+        if is_fully_sharded(module):
             return "fully_shard"
         if cls.__module__.startswith(("torch.nn.parallel.", "torch.distributed.fsdp.")):
             return cls.__name__
     return None
 
 
-def may_reshard_after_forward(module: nn.Module) -> bool:
-    """Whether FSDP2 may free the module's whole parameters as soon as its forward is over."""
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2's `fully_shard` was applied to the module itself."""
     return hasattr(type(module), "_get_fsdp_state")
 
 

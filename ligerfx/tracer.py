@@ -129,7 +129,7 @@ class Tracer(TorchFunctionMode):
         self._real_of: dict[int, torch.Tensor] = {}  # id(fake) -> the parameter
         self._paths: dict[int, str] = {}  # id(shadow) -> path from the root
         self._real: dict[int, nn.Module] = {}  # id(shadow) -> module
-        self._finished: dict[tuple, list[tuple[nn.Module, Capture]]] = {}
+        self._finished: dict[tuple, list[Capture]] = {}  # by structure and call
         self._structures: dict[int, tuple] = {}
 
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
@@ -502,9 +502,7 @@ class Tracer(TorchFunctionMode):
                 self._check_reads(frame)
         self._finish(frame, out, placeholders)
         capture.output = out
-        self._finished.setdefault((self.original_class(self._real[id(shadow)]), key), []).append(
-            (self._real[id(shadow)], capture)
-        )
+        self._finished.setdefault((structure(self._real[id(shadow)], self._structures), key), []).append(capture)
         return capture, out
 
     def _placeholders(
@@ -606,14 +604,13 @@ class Tracer(TorchFunctionMode):
     def _reuse(self, real: nn.Module, path: str, args: tuple, kwargs: dict) -> tuple[Capture | None, Any]:
         """The capture of an identical module called the same way, and a fresh copy of its output."""
         key, leaves = call_key(args, kwargs)
-        for twin, capture in self._finished.get((self.original_class(real), key), ()):
+        for capture in self._finished.get((structure(real, self._structures), key), ()):
             if capture.error:
                 continue
             with self._pause():  # looking at sizes here is not the model's doing
                 same = (
                     all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
                     and _same_aliasing(capture.leaf_values, leaves)
-                    and structure(twin, self._structures) == structure(real, self._structures)
                     and all(
                         read.holds(submodule(real, inner)) for inner, sub in capture.subtree() for read in sub.reads
                     )

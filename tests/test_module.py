@@ -284,6 +284,15 @@ def test_layers_alike_learn_once(family, use_cache, monkeypatch):
     assert not captured
 
 
+def test_a_layer_takes_over_what_optimize_captured_of_a_twin(llama, monkeypatch):
+    inputs = batch(llama, padding="left")  # the mask is a tensor, as for all that capture knows
+    optimised = ligerfx.optimize(llama, inputs | {"use_cache": False})
+    expected = optimised(**inputs, use_cache=False).loss
+    optimised.model.layers[1]._ligerfx_programs.clear()
+    monkeypatch.setattr(Tracer, "trace", lambda *_: pytest.fail("captured again"))
+    assert torch.equal(optimised(**inputs, use_cache=False).loss, expected)
+
+
 def test_an_attribute_that_is_a_partial():
     class Gelu(nn.Module):
         def __init__(self):

@@ -33,8 +33,8 @@ class CountedRows:
                 self._n_valid = self.n_valid
 
     def kept(self) -> torch.Tensor | None:
-        """The indices of the rows that count, ascending, int64; None where that is no fewer than are worth leaving
-        out. Waits until the device has them."""
+        """The indices of the rows that count, ascending, int64; None if all of them are to be computed, since all or
+        nearly all count. Waits until the device has them."""
         if self._order is None:
             return None
         if self._arrived is not None:

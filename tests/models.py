@@ -135,6 +135,13 @@ def expected_idioms(model: nn.Module) -> dict[str, int]:
     }
 
 
+def default_batch(model: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
+    """A batch for the kind of call that `optimize` captures if it is given no example: no positions and no cache."""
+    inputs = batch(model, **arguments)
+    del inputs["position_ids"]
+    return {**inputs, "use_cache": False}
+
+
 def batch(
     model: PreTrainedModel,
     batch: int = 2,

@@ -1,4 +1,4 @@
-"""What the tests of training libraries share: a tokenizer and texts made in code, kernel calls counted, equality."""
+"""What the tests of training libraries share: a tokenizer and texts made in code, kernel calls counted."""
 
 import os
 
@@ -10,7 +10,6 @@ from collections import Counter
 
 import pytest
 import torch
-from test_equivalence import run
 
 import ligerfx.kernels
 
@@ -67,24 +66,6 @@ def calls(plain_kernels):
     """How often each kernel was called in this test."""
     plain_kernels.clear()
     return plain_kernels
-
-
-@pytest.fixture
-def assert_same():
-    """Asserts that loss, logits and all gradients of two models are the same bits; gives the loss."""
-
-    def check(model, optimised, inputs):
-        loss, logits, gradients = run(model, inputs)
-        loss_, logits_, gradients_ = run(optimised, inputs)
-        assert torch.equal(loss, loss_), f"{loss_} instead of {loss}"
-        assert logits.dtype == logits_.dtype and torch.equal(logits, logits_)
-        assert gradients.keys() == gradients_.keys()
-        for name, gradient in gradients.items():
-            assert (gradient is None) == (gradients_[name] is None), name
-            assert gradient is None or torch.equal(gradient, gradients_[name]), name
-        return loss
-
-    return check
 
 
 @pytest.fixture

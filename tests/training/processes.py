@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent
+
+takes_minutes = pytest.mark.skipif(
+    "LIGERFX_PROCESSES" not in os.environ, reason="takes minutes: make test-processes, which sets LIGERFX_PROCESSES"
+)
 
 
 def run_workers(script, folder, checks):

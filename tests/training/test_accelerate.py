@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
 from accelerate.state import AcceleratorState
 from torch import nn
+from training.equality import assert_same
 from transformers import AutoModelForCausalLM
 
 import ligerfx
@@ -40,7 +41,7 @@ def accelerator(request):
     AcceleratorState._reset_state(True)
 
 
-def test_prepare(model, learnt, inputs, accelerator, assert_same, calls, materialized):
+def test_prepare(model, learnt, inputs, accelerator, calls, materialized):
     """The usual loop. accelerate converts outputs to fp32, which leaves the logits deferred."""
     prepared = []
     for m in (model, learnt):
@@ -65,7 +66,7 @@ def test_prepare(model, learnt, inputs, accelerator, assert_same, calls, materia
     assert_same(accelerator.unwrap_model(original, keep_fp32_wrapper=False), unwrapped, inputs)
 
 
-def test_optimised_after_prepare(model, inputs, assert_same, plain_kernels):
+def test_optimised_after_prepare(model, inputs, plain_kernels):
     """With autocast, accelerate replaces the forward of the model: what is inside is rewritten, and a warning says
     that the loss is not."""
     AcceleratorState._reset_state(True)

@@ -2,35 +2,18 @@
 
 import pytest
 import torch
+from test_equivalence import run
+from training.equality import assert_same
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 import ligerfx
-from models import batch, expected_idioms, make
+from models import default_batch, expected_idioms, make
 
 pytestmark = pytest.mark.usefixtures("references")
 
 FAMILIES = ["llama", "gemma2", "qwen3"]
-
-
-def inputs_of(model, **arguments):
-    inputs = batch(model, **arguments)
-    del inputs["position_ids"]
-    return {**inputs, "use_cache": False}
-
-
-def run(model, inputs):
-    model.zero_grad(set_to_none=True)
-    output = model(**inputs)
-    output.loss.backward()
-    return [output.loss.detach(), output.logits.detach() + 0, *(p.grad for p in model.parameters())]
-
-
-def assert_same(model, optimised, inputs):
-    expected, found = run(model, inputs), run(optimised, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    return expected[0]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +25,7 @@ def test_built_in(family, implementation):
     optimised = ligerfx.optimize(model)
     assert optimised.report.idioms == expected_idioms(model)
     for padding in (None, "left"):
-        assert_same(model, optimised, inputs_of(model, padding=padding))
+        assert_same(model, optimised, default_batch(model, padding=padding))
 
 
 def registered(name, calls, mask):
@@ -76,13 +59,13 @@ def test_registered_by_the_user(family, kind):
     name = f"noted_{family}_{len(kind)}"  # transformers takes names with "flash" or "sdpa" in them for its own
     registered(name, calls, mask)
     model = make(family)
-    before = model(**inputs_of(model)).loss
+    before = model(**default_batch(model)).loss
     model.set_attn_implementation(name)
     optimised = ligerfx.optimize(model)
     assert optimised.report.idioms == expected_idioms(model)
     del calls[:]  # what the capture did with it
     for padding in (None, "left"):
-        inputs = inputs_of(model, padding=padding)
+        inputs = default_batch(model, padding=padding)
         run(optimised, inputs)  # so that what it captures now has been captured
         del calls[:]
         loss = assert_same(model, optimised, inputs)
@@ -106,7 +89,7 @@ def test_flex_attention():
     model.set_attn_implementation("flex_attention")
     optimised = ligerfx.optimize(model).eval()
     assert optimised.report.idioms["linear_cross_entropy"] == 1 and "model" in optimised.report.opaque
-    inputs = inputs_of(model, padding="left")
+    inputs = default_batch(model, padding="left")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling it takes ten seconds
         expected, found = model(**inputs), optimised(**inputs)
     assert torch.equal(expected.loss, found.loss) and torch.equal(expected.logits, found.logits + 0)

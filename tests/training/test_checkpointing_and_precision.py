@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from training.equality import assert_same
 
 import ligerfx
 from models import batch, make
@@ -62,7 +63,7 @@ def test_no_more_is_saved_for_the_backward(model, learnt, inputs):
     assert (saved_bytes(original, inputs), saved_bytes(optimised, inputs)) == plain
 
 
-def test_layers_run_twice_exactly_while_checkpointing_is_on(model, learnt, inputs, assert_same, references):
+def test_layers_run_twice_exactly_while_checkpointing_is_on(model, learnt, inputs, references):
     original, optimised = copy.deepcopy(model), copy.deepcopy(learnt)
     runs = {m: [] for m in (original, optimised)}
     for m, seen in runs.items():  # hooks fire within the region that is run again
@@ -76,7 +77,7 @@ def test_layers_run_twice_exactly_while_checkpointing_is_on(model, learnt, input
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(model, learnt, inputs, dtype, assert_same, references):
+def test_autocast(model, learnt, inputs, dtype, references):
     """fp32 weights: outputs have autocast's dtype, gradients that of the parameters, and both the same bits."""
     original, optimised = model, learnt
     with torch.autocast("cpu", dtype):

@@ -4,14 +4,11 @@ The checks are in `_deepspeed_workers.py`, each under the name of its test here.
 """
 
 import importlib.util
-import os
 
 import pytest
-from training.processes import failure, run_workers
+from training.processes import failure, run_workers, takes_minutes
 
-pytestmark = pytest.mark.skipif(
-    "LIGERFX_PROCESSES" not in os.environ, reason="takes minutes: make test-processes, which sets LIGERFX_PROCESSES"
-)
+pytestmark = takes_minutes
 
 CHECKS = ["zero2", "zero3", "zero3_built_in_shards"]
 

@@ -3,15 +3,11 @@
 The checks are in `_workers.py`, each under the name of its test here.
 """
 
-import os
-
 import pytest
 import torch
-from training.processes import failure, run_workers
+from training.processes import failure, run_workers, takes_minutes
 
-pytestmark = pytest.mark.skipif(
-    "LIGERFX_PROCESSES" not in os.environ, reason="takes minutes: make test-processes, which sets LIGERFX_PROCESSES"
-)
+pytestmark = takes_minutes
 
 CHECKS = [
     "ddp",

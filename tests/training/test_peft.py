@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from training.equality import assert_same
 
 import ligerfx
 from models import batch, make
@@ -113,7 +114,7 @@ def same_training_step(original, optimised, inputs):
     return loss
 
 
-def test_life_of_adapters(model, learnt, inputs, assert_same, tmp_path):
+def test_life_of_adapters(model, learnt, inputs, tmp_path):
     """Two adapters, switched, disabled, deleted, merged in place and unmerged, saved, loaded, merged for good."""
     original, _, before = three(model, learnt, CONFIGS["lora"], inputs)
     models = original, before

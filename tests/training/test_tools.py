@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from training import equality
 
 import ligerfx
-from models import batch, make
+from models import default_batch, make
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -35,29 +36,8 @@ def tied(models):
     return tuple(copy.deepcopy(m) for m in models["llama_tied"])
 
 
-def inputs_of(model, **arguments):
-    inputs = batch(model, **arguments)
-    del inputs["position_ids"]  # `optimize` captures without
-    return {**inputs, "use_cache": False}
-
-
-def run(model, inputs):
-    model.zero_grad(set_to_none=True)
-    output = model(**inputs)
-    output.loss.backward()
-    return output, {name: p.grad for name, p in model.named_parameters()}
-
-
 def assert_same(model, optimised, inputs=None):
-    inputs = inputs or inputs_of(model)
-    (expected, gradients), (found, gradients_) = run(model, inputs), run(optimised, inputs)
-    assert torch.equal(found.loss, expected.loss)
-    assert torch.equal(found.logits + 0, expected.logits)
-    assert gradients.keys() == gradients_.keys()
-    for name, gradient in gradients.items():
-        assert (gradient is None) == (gradients_[name] is None), name
-        assert gradient is None or torch.equal(gradient, gradients_[name]), name
-    return found.loss.detach()
+    return equality.assert_same(model, optimised, inputs or default_batch(model))
 
 
 def assert_changed(pair, change):
@@ -142,7 +122,7 @@ def test_tensor_hooks(pair):
 def test_hidden_states_in_every_kind_of_call(when):
     """transformers collects them in hooks, which the first call that wants them leaves on the model."""
     model = make("llama")
-    inputs = inputs_of(model)
+    inputs = default_batch(model)
     wanted = {**inputs, "output_hidden_states": True}
     if when == "before":
         model(**wanted)
@@ -158,7 +138,7 @@ def test_hidden_states_in_every_kind_of_call(when):
 def test_attentions_and_hidden_states(pair):
     for model in pair:
         model.set_attn_implementation("eager")
-    inputs = inputs_of(pair[0])
+    inputs = default_batch(pair[0])
     expected, found = (m(**inputs, output_attentions=True, output_hidden_states=True) for m in pair)
     for kind in ("attentions", "hidden_states"):
         assert len(expected[kind]) == len(found[kind]) > 1
@@ -198,7 +178,7 @@ def test_to_meta_and_back(pair):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_and_with_again(pair, mode):
-    inputs = inputs_of(pair[0])
+    inputs = default_batch(pair[0])
     for _ in range(2):
         with mode():
             expected, found = (m.eval()(**inputs) for m in pair)
@@ -223,7 +203,7 @@ def test_resized_embeddings(models, name, size):
         torch.manual_seed(1)
         change(model)
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "llama_tied")
-    inputs = inputs_of(pair[0])  # token ids of the new size
+    inputs = default_batch(pair[0])  # token ids of the new size
     assert_same(*pair, inputs)
     assert pair[1](**inputs).logits.shape[-1] == size
 
@@ -257,7 +237,7 @@ def test_frozen_and_thawed(pair, frozen):
 def test_everything_frozen(pair):
     for model in pair:
         model.requires_grad_(False)
-    expected, found = (m(**inputs_of(m)) for m in pair)
+    expected, found = (m(**default_batch(m)) for m in pair)
     assert torch.equal(expected.loss, found.loss) and not found.loss.requires_grad
 
 
@@ -367,7 +347,7 @@ def test_one_of_two_names_of_a_module_replaced(replaced):
 
 def test_functional_call(pair):
     """Other parameters, and gradients with respect to them."""
-    inputs = inputs_of(pair[0])
+    inputs = default_batch(pair[0])
     results = []
     for model in pair:
         other = {n: (p.detach() * 1.3).requires_grad_() for n, p in model.named_parameters()}
@@ -380,7 +360,7 @@ def test_functional_call(pair):
 
 
 def test_grad_of_functional_call(pair):
-    inputs = inputs_of(pair[0])
+    inputs = default_batch(pair[0])
     found = []
     for model in pair:
         parameters = {n: p.detach() for n, p in model.named_parameters()}
@@ -392,7 +372,7 @@ def test_grad_of_functional_call(pair):
 def test_threads():
     """Each thread optimises a model of its own and all call a shared one, in ways that must be captured first."""
     shared = make("llama", num_hidden_layers=1)
-    shared_inputs = inputs_of(shared)
+    shared_inputs = default_batch(shared)
     optimised = ligerfx.optimize(shared)
     expected = shared(**shared_inputs).loss.item()
     variants = [shared_inputs, {**shared_inputs, "output_hidden_states": True}]
@@ -427,7 +407,7 @@ class Logits(nn.Module):
 
 def test_export(pair):
     model, optimised = (m.eval() for m in pair)
-    inputs = {name: inputs_of(model)[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: default_batch(model)[name] for name in ("input_ids", "attention_mask")}
     with pytest.raises(RuntimeError, match="Export the original model"):
         torch.export.export(optimised, (), inputs)
     exported = torch.export.export(Logits(optimised), (), inputs).module()

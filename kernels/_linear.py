@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 
+from ._operators import operator
 from ._runtime import autocast_dtype
 
 
@@ -32,3 +33,21 @@ def check_linear(op: str, features: int, weight: torch.Tensor, bias: torch.Tenso
             f"{op}: expected weight [N, K] and bias [N] or None for an input [..., K]; got "
             f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)} for K = {features}"
         )
+
+
+def _sum_result(a, b, more_a, more_b):
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+@operator("sum_of_products(Tensor a, Tensor b, Tensor[] more_a, Tensor[] more_b) -> Tensor", _sum_result)
+def sum_of_products(
+    a: torch.Tensor, b: torch.Tensor, more_a: list[torch.Tensor], more_b: list[torch.Tensor]
+) -> torch.Tensor:
+    """a @ b plus each of more_a @ more_b, added by the matrix products themselves.
+
+    An operator, since torch.compile would copy the sum before each addition.
+    """
+    total = torch.mm(a, b)
+    for x, y in zip(more_a, more_b, strict=True):
+        total.addmm_(x, y)
+    return total

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
-from ._linear import check_linear, is_plain_linear, no_autocast
+from ._linear import check_linear, is_plain_linear, no_autocast, sum_of_products
 from ._runtime import autocast_dtype, use_triton
 
 
@@ -73,14 +73,12 @@ class _RMSNormLinear(torch.autograd.Function):
         dx = dnorm = None
         with no_autocast(h):
             if need_dx or need_norm:
-                dy = None
-                for d, weight in zip(douts, weights, strict=True):
-                    if d is not None:
-                        dy = torch.mm(d, weight) if dy is None else dy.addmm_(d, weight)
-                if dy is None:
+                factors = [(d, weight) for d, weight in zip(douts, weights, strict=True) if d is not None]
+                if not factors:
                     dx = dh if need_dx else None
                 else:
-                    dy = dy.view(h.shape)
+                    more = [list(parts) for parts in zip(*factors[1:], strict=True)] or [[], []]
+                    dy = sum_of_products(*factors[0], *more).view(h.shape)
                     need_y = y is None and need_dx and any(need_w)  # it takes the place of its gradient
                     dx, dnorm, again = rmsnorm.backward(
                         dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, need_y

@@ -22,8 +22,6 @@ PLAIN = (
 )  # fmt: skip
 """Types of Python constants: they may stand in a graph as they are, and compare by value."""
 
-MISSING = object()
-
 
 @dataclasses.dataclass(eq=False)
 class Read:
@@ -51,9 +49,12 @@ class Read:
 
     def same(self, module: nn.Module) -> bool:
         """Whether `module` still has the attribute as it was read."""
-        value = module.__dict__.get(self.name, MISSING)
-        if value is MISSING:
-            value = getattr(type(module), self.name, MISSING)
+        if self.name in module.__dict__:
+            value = module.__dict__[self.name]
+        elif hasattr(type(module), self.name):
+            value = getattr(type(module), self.name)
+        else:
+            return False
         if self._state is not None:
             return type(value) is type(self.value) and _equal(snapshot(value), self._state)
         if value is self.value:

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from .canonical import is_pure, op_name
 from .deferred import deferred_logits
 from .leaves import is_mask_function
+from .masks import skippable
 from .matcher import Match, mutates
 from .pattern import Inputs
 
@@ -46,6 +47,7 @@ def _say_that_nothing_is_packed(graph: Graph) -> bool:
     masks = [n for n in graph.nodes if is_mask_function(n.target) and _counts_up(n.kwargs.get("position_ids"))]
     for node in masks:
         node.update_kwarg("position_ids", None)
+        node.target = skippable(node.target)
     return bool(masks)
 
 

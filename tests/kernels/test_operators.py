@@ -114,6 +114,8 @@ def _operator_calls(device):
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
         yield ops.rms_norm_backward, (h.clone(), h.clone(), h, w, rstd, 0.0, False, *needs)
         yield ops.glu_backward, (h.clone(), h, h.clone(), "silu", *needs)
+    a, b = torch.randn(4, 10, 16, device=device), torch.randn(4, 16, 32, device=device)
+    yield ops.sum_of_products, (a[0], b[0], list(a[1:]), list(b[1:]))
     packed = torch.randn(2, 5, 64, device=device)
     yield ops.glu, (packed, None, "relu")
     yield ops.glu_backward, (h, packed, None, "relu", True, False, True)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ligerfx
 from ligerfx.deferred import DeferredTensor
@@ -29,6 +30,10 @@ class Recorded:
 
     def count(self, name):
         return sum(name in str(node.target) for graph in self.graphs for node in graph.graph.nodes)
+
+    def masks(self):
+        calls = [n for graph in self.graphs for n in graph.graph.nodes if n.target is F.scaled_dot_product_attention]
+        return [node.kwargs["attn_mask"] for node in calls]
 
 
 def on(device, family):
@@ -73,6 +78,7 @@ def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
     assert_equal(losses_and_gradients(model, inputs), found)
     assert len(backend.graphs) == 1
     assert backend.count("rsqrt") == 0, "a norm was traced instead of its kernel"
+    assert backend.masks() == [None] * 2, "a mask was built where causal attention needs none"
     assert (
         backend.count("autograd_function_apply") == 10
     )  # a layer's q, k, v; rotation; gate, up; down: twice; the head
@@ -148,3 +154,29 @@ def test_other_sizes_and_padding(references, labels):
         found, expected = compiled(**inputs), model(**inputs)
         torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def masked(model, length, **inputs):
+    """Inputs of that length, and the masks that the attention of the compiled model gets."""
+    torch.compiler.reset()
+    backend = Recorded()
+    ids = torch.arange(length * 2).view(2, length) % 200
+    inputs = {"input_ids": ids, "labels": ids, **inputs}
+    compiled = torch.compile(ligerfx.optimize(model), backend=backend)
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-6, atol=0)
+    return [mask is not None for mask in backend.masks()]
+
+
+def test_masks_are_built_where_they_are_needed(references):
+    """Each loss is compared with the original's, too."""
+    llama = make("llama")
+    assert masked(llama, 6) == [False, False]
+    padding = torch.ones(2, 6, dtype=torch.long)
+    padding[0, 4:] = 0
+    assert masked(llama, 6, attention_mask=padding) == [True, True]
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    assert masked(llama, 6, position_ids=packed, use_cache=False) == [True, True]  # with a cache, it is not packed
+    gemma = make("gemma3")  # a layer with a sliding window, and one without
+    window = gemma.config.sliding_window
+    assert masked(gemma, window - 1) == [False, False]
+    assert sorted(masked(gemma, window + 1)) == [False, True]

@@ -9,9 +9,9 @@ canonical value of the graph. Only what is proved is rewritten.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -23,6 +23,9 @@ from .errors import CaptureError
 from .pattern import Pattern, Variant, check_dimensions, split
 from .symbols import FakeInputs, expression
 from .tracer import Tracer
+
+if TYPE_CHECKING:
+    from .numerics import Verified
 
 NEARLY = 0.5
 """The share of a pattern that must have been recognised for a failure to be reported."""
@@ -42,6 +45,7 @@ class Match:
     outputs: list[Node]
     interior: set[Node]
     source: tuple[tuple[str, str], ...] = ()  # where the model computes this: (file:line, text), in order
+    verified: Verified | None = None  # how the replacement compared with the operations here, if it was asked
 
     @property
     def reach(self) -> set[str]:
@@ -135,27 +139,40 @@ class Matcher:
         self.views = [self.view, cut] if cut.inner else [self.view]
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
 
-    def find(self, patterns: list[Pattern]) -> tuple[list[Match], list[NearMiss]]:
-        """Matches that do not overlap, those that cover most first, and the best near miss at each other place."""
+    def find(
+        self, patterns: Sequence[Pattern], refuse: Callable[[Match], str | None] | None = None
+    ) -> tuple[list[Match], list[NearMiss]]:
+        """Matches that do not overlap, those of more benefit or that cover more first, and the best near miss at each
+        other place.
+
+        `refuse` is asked about each before it is chosen, and may say why it must not be; then others may match there.
+        """
         misses: dict[Node, _Unifier] = {}
+        refused: list[NearMiss] = []
         matches: list[Match] = []
         taken: set[Node] = set()
+        patterns = sorted(patterns, key=lambda pattern: -pattern.benefit)
         while True:
             candidates = self._candidates(patterns, taken, misses)
             before = len(matches)
-            for *_, match in sorted(candidates, key=lambda c: c[:3]):
-                if not match.interior & taken:
-                    matches.append(match)
-                    taken |= match.interior
+            for *_, match in sorted(candidates, key=lambda c: c[:-1]):
+                if match.interior & taken:
+                    continue
+                if refuse and (reason := refuse(match)):
+                    refused.append(NearMiss(match.pattern, match.outputs[0], reason, 1.0))
+                    self._looked_at = {k: None if m is match else m for k, m in self._looked_at.items()}
+                    continue
+                matches.append(match)
+                taken |= match.interior
             if len(matches) - before == len(candidates):
-                return matches, _best(misses, taken, self.view.values)
+                return matches, refused + _best(misses, taken, self.view.values)
 
     def _candidates(
-        self, patterns: list[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
-    ) -> list[tuple[int, int, int, Match]]:
+        self, patterns: Sequence[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
+    ) -> list[tuple[float, int, int, int, Match]]:
         """Matches that leave alone what is taken, each with its place in the order of preference. What lies inside
         one of them is not looked at again, unless that one is not chosen."""
-        candidates: list[tuple[int, int, int, Match]] = []
+        candidates: list[tuple[float, int, int, int, Match]] = []
         inside = set(taken)
         for rank, pattern in enumerate(patterns):
             outputs: set[Node] = set()
@@ -166,7 +183,7 @@ class Matcher:
                     self._looked_at[pattern, root] = self._match_at(pattern, root, misses)
                 match = self._looked_at[pattern, root]
                 if match is not None and not match.interior & taken:
-                    candidates.append((-len(match.interior), rank, -self.order[root], match))
+                    candidates.append((-pattern.benefit, -len(match.interior), rank, -self.order[root], match))
                     outputs |= set(match.outputs)
                     inside |= match.interior - set(match.outputs)
         return candidates

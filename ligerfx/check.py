@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +30,9 @@ DTYPES = (
 """Of the first floating-point parameter and of the others."""
 
 SIZES = (((2, 6), 40), ((3,), 54), ((), 134))
-"""Leading dimensions, and the largest of the named ones."""
+"""Leading dimensions, and the largest of the named ones, where a tensor does not get too large."""
+
+MOST_ELEMENTS = 2**15
 
 CONSTANTS = (1.0, 2.5, 0.03125)
 """What a floating-point constant is multiplied by, from one size to the next."""
@@ -153,8 +156,12 @@ def _inputs(
     generator = torch.Generator(device).manual_seed(0)
     present = {name: dims or "..." for name, dims in pattern.tensors.items() if name not in absent}
     for (step, (leading, largest)), dtypes in itertools.product(enumerate(SIZES), DTYPES):
-        sizes = pattern.example_sizes()
-        shapes = {name: example(dims, sizes, leading, largest) for name, dims in present.items()}
+        while True:
+            sizes = pattern.example_sizes()
+            shapes = {name: example(dims, sizes, leading, largest) for name, dims in present.items()}
+            if largest <= 4 or all(math.prod(shape) <= MOST_ELEMENTS for shape, _ in shapes.values()):
+                break
+            largest //= 2
         floating = [name for name, (_, kind) in shapes.items() if kind.is_floating_point]
         if len(floating) < len(dtypes):
             continue

@@ -541,9 +541,11 @@ class _Unifier:
                 value = decimal(t / want_constant if p.is_Mul else t - want_constant)
             yield from self._counted(self.unify(want[0], value, bound))
             return
-        if t.func != func and not (p.is_Mul and len(want) == 1):
+        alone = p.is_Mul or want_constant in self.variant.kinds  # `x + eps` is x where eps is 0
+        if t.func != func and not (alone and len(want) == 1):
             self._fail(p, t)
             return
+        over = None
         if want_constant.is_number and not _close(want_constant, have_constant):
             # What is over may belong to a parameter: `silu(gate) * (2 * up)`.
             over = decimal(have_constant / want_constant if p.is_Mul else have_constant - want_constant)
@@ -555,8 +557,13 @@ class _Unifier:
                 lambda: f"{want_constant}: expected a constant, found none in {self._found(t)}",
             )
             return
+        found = False
         for more in self._unify_number(want_constant, have_constant, bound):
-            yield from self._counted(self._assign(want, have, func, more))
+            for bindings in self._counted(self._assign(want, have, func, more)):
+                found = True
+                yield bindings
+        if over is not None and not found and any(self._assign(want, have[1:], func, bound)):
+            self.note(0.99, lambda: f"found {self._found(over)} besides")
 
     def _ops(self, values: list, terms: Terms) -> set[str]:
         return {terms.terms[v].op for v in values if v in terms.terms}
@@ -596,7 +603,7 @@ class _Unifier:
 def describe(expr: sympy.Expr, terms: Terms) -> str:
     """A value as readable text."""
     names = {s: sympy.Symbol(_term_text(terms.terms[s], terms)) for s in expr.free_symbols if s in terms.terms}
-    text = str(expr.xreplace(names))
+    text = sympy.sstr(expr.xreplace(names), full_prec=False)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
@@ -621,7 +628,7 @@ def _attribute(value: Any) -> str:
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
     if not (a.is_number and b.is_number):
         return a == b
-    return a == b or abs(float(a) - float(b)) <= 1e-8 * max(abs(float(a)), abs(float(b)))
+    return a == b or abs(complex(a) - complex(b)) <= 1e-7 * max(abs(complex(a)), abs(complex(b)))
 
 
 def _python_constant(value: sympy.Expr, kind: str) -> Any:

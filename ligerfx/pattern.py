@@ -8,9 +8,9 @@
 
 One function is what is searched for, the reference, and the proof of every match. Positional parameters are
 tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "2I" for
-twice the size I, "int" first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters
-are constants that the match captures. A parameter with default None is optional: the idiom is searched for with it
-and without.
+twice the size I, "int" or "complex" first for a tensor of such numbers), and equal names must be equal sizes.
+Keyword-only parameters are constants that the match captures. A parameter with default None is optional: the idiom is
+searched for with it and without.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from .canonical import SIZED, Canonicalizer, Terms, constant
 from .errors import PatternError
 from .source import describe_error
 from .tracer import Tracer
+
+KINDS = {"int": torch.int64, "complex": torch.complex64}
+"""What a dimension string may begin with, where the tensor is not of floating-point numbers."""
 
 _EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
 
@@ -316,8 +319,8 @@ def example(
     shape: list[int] = []
     dtype = torch.float32
     for dim in dims.split():
-        if dim == "int":
-            dtype = torch.int64
+        if dim in KINDS:
+            dtype = KINDS[dim]
         elif dim == "...":
             shape += leading
         elif dim == "*":
@@ -326,13 +329,14 @@ def example(
             shape.append(int(dim))
         else:
             factor, name = _factor(dim)
-            shape.append(factor * sizes.setdefault(name, largest - 4 * len(sizes)))
+            smaller = 4 if largest >= 40 else 2
+            shape.append(factor * sizes.setdefault(name, max(2, largest - smaller * len(sizes))))
     return shape, dtype
 
 
 def names_in(dims: str) -> set[str]:
     """The names of dimensions in a dimension string."""
-    return {_factor(d)[1] for d in dims.split() if d not in ("int", "...", "*") and not d.isdigit()}
+    return {_factor(d)[1] for d in dims.split() if d not in (*KINDS, "...", "*") and not d.isdigit()}
 
 
 def _factor(dim: str) -> tuple[int, str]:
@@ -345,7 +349,7 @@ def check_dimensions(pattern: Pattern, tensors: dict[str, torch.Tensor]) -> str 
     """None where the shapes of the tensors agree with the pattern's annotations, else what does not."""
     sizes: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        dims = [d for d in (pattern.tensors[name] or "...").split() if d != "int"]
+        dims = [d for d in (pattern.tensors[name] or "...").split() if d not in KINDS]
         shape = list(tensor.shape)
         if "..." in dims:
             at = dims.index("...")

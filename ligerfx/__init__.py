@@ -8,6 +8,7 @@ from .bisect import Culprit, bisect
 from .check import check_pattern
 from .deferred import DeferredTensor
 from .errors import LigerfxError, OptimizeError, PatternError
+from .generate import generated_glu
 from .module import OptimizedModule
 from .numerics import Verified
 from .optimize import optimize
@@ -27,6 +28,7 @@ __all__ = [
     "Verified",
     "bisect",
     "check_pattern",
+    "generated_glu",
     "optimize",
     "pattern",
     "register",

@@ -136,14 +136,24 @@ def compile(model: nn.Module) -> nn.Module:
     return torch.compile(model)
 
 
+def ligerfx_compile(model: nn.Module) -> nn.Module:
+    return torch.compile(ligerfx(model))
+
+
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "eager": eager,
     "liger": liger,
     "ligerfx": ligerfx,
     "ligerfx-low": ligerfx_low,
     "compile": compile,
+    "ligerfx-compile": ligerfx_compile,
 }
-PACKAGES = {"liger": "liger_kernel.transformers", "ligerfx": "ligerfx", "ligerfx-low": "ligerfx"}
+PACKAGES = {
+    "liger": "liger_kernel.transformers",
+    "ligerfx": "ligerfx",
+    "ligerfx-low": "ligerfx",
+    "ligerfx-compile": "ligerfx",
+}
 
 
 def load(variant: str) -> None:

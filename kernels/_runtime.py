@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 try:
     import triton
@@ -23,8 +25,9 @@ except ImportError:
     INTERPRET = False
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-# A tensor subclass (FakeTensor, DTensor, quantised weights) need not have the memory a kernel would read.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+# A tensor subclass (DTensor, quantised weights) need not have the memory a kernel would read.
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_WITHOUT_MEMORY = frozenset({FakeTensor, FunctionalTensor})  # on which compilers run a model: see _operators.py
 
 
 def use_triton(*tensors: torch.Tensor | None) -> bool:
@@ -39,7 +42,8 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype not in _DTYPES or type(tensor) not in _PLAIN or tensor.numel() == 0:
+        kind = type(tensor)
+        if tensor.dtype not in _DTYPES or not (kind in PLAIN or kind in _WITHOUT_MEMORY) or tensor.numel() == 0:
             return False
         if device is None:
             device = tensor.device
@@ -48,9 +52,12 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
     return device is not None and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
 
 
+_WITH_AUTOCAST = frozenset(kind for kind in ("cuda", "cpu", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast gives matrix products on this device now; None where it is off."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -134,10 +141,13 @@ def is_dense_with_rows(x: torch.Tensor) -> bool:
     expected = 1
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return False
-    for stride, size in sorted((x.stride(d), x.shape[d]) for d in range(x.dim()) if x.shape[d] != 1):
-        if stride != expected:
+    dims = [d for d in range(x.dim()) if x.shape[d] != 1]
+    while dims:  # from the innermost one on; not sorted, which torch.compile cannot with sizes that vary
+        inner = [d for d in dims if x.stride(d) == expected]
+        if not inner:
             return False
-        expected *= size
+        expected *= x.shape[inner[0]]
+        dims.remove(inner[0])
     return True
 
 

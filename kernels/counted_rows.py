@@ -2,6 +2,8 @@
 
 import torch
 
+from ._runtime import PLAIN
+
 WORTH_GATHERING = 0.98
 """The share of rows that count above which gathering and scattering them would take longer than computing all."""
 
@@ -21,7 +23,7 @@ class CountedRows:
         self.size, self.ignore_index, self.n_valid = target.numel(), ignore_index, counts.sum()
         self._order = self._n_valid = self._arrived = None
         # How many rows are kept decides the shapes, which a CUDA graph could not follow.
-        if type(target) is torch.Tensor and not capturing(target):
+        if not capturing(target):
             # The rows that count come first, in order, without their number being known here.
             self._order = counts.argsort(descending=True, stable=True)
             if target.is_cuda:
@@ -47,7 +49,7 @@ def capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRows:
+def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRows | None:
     """Start to find the rows of target that are not ignored, for `linear_cross_entropy(..., rows=...)`.
 
     `linear_cross_entropy` must know their number before it can queue its matrix products. Called where the target
@@ -58,9 +60,14 @@ def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRo
         target: int64, any shape.
         ignore_index: the target of rows that do not count.
 
+    Returns:
+        None under torch.compile, whose graphs hold tensors only: the loss then looks for itself.
+
     Raises:
         TypeError: if target is not int64.
     """
     if target.dtype != torch.int64:
         raise TypeError(f"rows_that_count: target must be int64, got {target.dtype}")
+    if torch.compiler.is_compiling() or type(target) not in PLAIN:
+        return None
     return CountedRows(target, ignore_index)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ._operators import operator
 from ._runtime import as_rows, launch_device, tanh, tl, triton, use_triton
 
 
@@ -259,21 +260,52 @@ def _bwd_kernel(
         write_target_grad(grad_row, target, V, z_target, largest, weight, constant, hot, SOFTCAP)
 
 
+def _statistics_results(rows, target, ignore_index, scale, z_loss, softcap, smoothing):
+    return tuple(torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device) for _ in range(3))
+
+
+@operator(
+    "cross_entropy(Tensor rows, Tensor target, int ignore_index, float scale, float z_loss, float? softcap,"
+    " float smoothing) -> (Tensor losses, Tensor largest, Tensor total)",
+    _statistics_results,
+)
+def _statistics(rows, target, *options):
+    """The loss of each row of logits, its largest logit, and the sum of exponentials, for the backward."""
+    results = _statistics_results(rows, target, *options)
+    n_rows, vocab = rows.shape
+    with launch_device(rows):
+        _fwd_kernel[(n_rows,)](rows, target, *results, rows.stride(0), vocab, *options, **_tuning(vocab))
+    return results
+
+
+def _gradient_result(rows, target, largest, total, factor, *options):
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+
+
+@operator(
+    "cross_entropy_backward(Tensor rows, Tensor target, Tensor largest, Tensor total, Tensor factor, int ignore_index,"
+    " float scale, float z_loss, float? softcap, float smoothing) -> Tensor",
+    _gradient_result,
+)
+def _gradient(rows, target, largest, total, factor, *options):
+    """factor times the gradient of the sum of the losses."""
+    grad = _gradient_result(rows, target, largest, total, factor, *options)
+    n_rows, vocab = rows.shape
+    with launch_device(rows):
+        _bwd_kernel[(n_rows,)](
+            rows, target, largest, total, factor, grad, rows.stride(0), vocab, *options, **_tuning(vocab)
+        )  # fmt: skip
+    return grad
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, ignore_index, mean, smoothing, softcap, scale, z_loss):
-        rows = as_rows(logits)
         target = target.reshape(-1).contiguous()
-        n_rows, vocab = rows.shape
-        losses, largest, total = torch.empty(3, n_rows, dtype=torch.float32, device=rows.device)
-        options = (ignore_index, scale, z_loss, softcap, smoothing)
-        with launch_device(rows):
-            _fwd_kernel[(n_rows,)](
-                rows, target, losses, largest, total, rows.stride(0), vocab, *options, **_tuning(vocab)
-            )  # fmt: skip
+        ctx.options = (ignore_index, scale, z_loss, softcap, smoothing)
+        losses, largest, total = _statistics(as_rows(logits), target, *ctx.options)
         n_valid = (target != ignore_index).sum() if mean else None
         ctx.save_for_backward(logits, target, largest, total, n_valid)
-        ctx.options = options
         loss = losses.sum()
         return loss / n_valid if mean else loss
 
@@ -281,15 +313,9 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         logits, target, largest, total, n_valid = ctx.saved_tensors
-        rows = as_rows(logits)
-        n_rows, vocab = rows.shape
-        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         factor = dloss if n_valid is None else dloss / n_valid
-        with launch_device(rows):
-            _bwd_kernel[(n_rows,)](
-                rows, target, largest, total, factor, grad, rows.stride(0), vocab, *ctx.options, **_tuning(vocab)
-            )  # fmt: skip
-        return grad, None, None, None, None, None, None, None
+        grad = _gradient(as_rows(logits), target, largest, total, factor, *ctx.options)
+        return grad.view(logits.shape), None, None, None, None, None, None, None
 
 
 def _tuning(vocab: int) -> dict[str, int]:

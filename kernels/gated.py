@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ._operators import operator
 from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
 
 _ACTIVATIONS = {
@@ -123,10 +124,22 @@ def _grid(n_rows: int, n_cols: int) -> tuple[int, int, int]:
     return n_rows * col_blocks, col_blocks, block
 
 
-def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(gate) * up by the kernel; not differentiable."""
+def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """gate and up; where there is no up, gate is both of them, packed."""
+    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+
+
+def _glu_result(gate, up, activation):
+    gate, up = _halves(gate, up)
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
-    y = torch.empty(gate.shape, dtype=dtype, device=gate.device)
+    return torch.empty(gate.shape, dtype=dtype, device=gate.device)
+
+
+@operator("glu(Tensor gate, Tensor? up, str activation) -> Tensor", _glu_result)
+def glu_forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """act(gate) * up by the kernel; not differentiable. gate is the packed gate and up if up is None."""
+    y = _glu_result(gate, up, activation)
+    gate, up = _halves(gate, up)
     if gate.is_contiguous() and up.is_contiguous():
         n_rows, n_cols, strides = 1, y.numel(), (0, 0, 0)
     else:
@@ -142,16 +155,43 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.
 def glu_backward(
     dy: torch.Tensor,
     gate: torch.Tensor,
-    up: torch.Tensor,
-    dgate: torch.Tensor | None,
-    dup: torch.Tensor | None,
+    up: torch.Tensor | None,
     activation: str,
-    z: torch.Tensor | None = None,
-) -> None:
-    """Write the gradients into dgate and dup (contiguous, or [rows, I] with contiguous rows); None is skipped.
+    need_gate: bool,
+    need_up: bool,
+    need_z: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of gate and of up, and `glu_forward`'s result again, in dy's shape; None for what is not needed.
 
-    z, of the same kind, receives `glu_forward`'s result again; it may be dy itself.
+    gate and its gradient are packed if up is None. If the result is needed dy is given up: it may be written over dy.
     """
+    found = iter(_backward(dy, gate, up, activation, need_gate, need_up, need_z))
+    dgate, dup, z = (next(found) if need else None for need in (need_gate, need_up, need_z))
+    return dgate, dup, z
+
+
+def _backward_results(dy, gate, up, activation, need_gate, need_up, need_z):
+    grads = [(gate, need_gate), (up, need_up)]
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in grads if need]
+    return results + [torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)] * need_z
+
+
+@operator(
+    "glu_backward(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up, bool need_z)"
+    " -> Tensor[]",
+    _backward_results,
+    over_dy=False,
+)
+def _backward(dy, gate, up, activation, need_gate, need_up, need_z, over_dy=True):
+    results = _backward_results(dy, gate, up, activation, need_gate, need_up, need_z and not over_dy)
+    if need_z and over_dy:
+        dy = dy.contiguous()
+        results.append(dy)
+    grads = iter(results)
+    dgate, dup, z = (next(grads) if need else None for need in (need_gate, need_up, need_z))
+    if up is None and need_gate:
+        dgate, dup = dgate.view(-1, dgate.shape[-1]).chunk(2, dim=-1)
+    gate, up = _halves(gate, up)
     tensors = dy, gate, up, dgate, dup, z
     if all(t is None or t.is_contiguous() for t in tensors):
         n_rows, n_cols, strides = 1, gate.numel(), (0,) * 6
@@ -166,9 +206,12 @@ def glu_backward(
             *tensors, *strides, n_cols, col_blocks,
             dgate is not None, dup is not None, z is not None, activation, block, num_warps=4,
         )  # fmt: skip
+    return results
 
 
 class _GLU(torch.autograd.Function):
+    """gate is the packed gate and up if up is None."""
+
     @staticmethod
     def forward(ctx, gate, up, activation):
         ctx.save_for_backward(gate, up)
@@ -179,27 +222,8 @@ class _GLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        need_gate, need_up, _ = ctx.needs_input_grad
-        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need_gate else None
-        dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if need_up else None
-        glu_backward(dy, gate, up, dgate, dup, ctx.activation)
+        dgate, dup, _ = glu_backward(dy, gate, up, ctx.activation, *ctx.needs_input_grad[:2])
         return dgate, dup, None
-
-
-class _PackedGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up, activation):
-        ctx.save_for_backward(gate_up)
-        ctx.activation = activation
-        return glu_forward(*gate_up.chunk(2, dim=-1), activation)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (gate_up,) = ctx.saved_tensors
-        grad = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-        glu_backward(dy, *gate_up.chunk(2, dim=-1), *grad.view(-1, grad.shape[-1]).chunk(2, dim=-1), ctx.activation)
-        return grad, None
 
 
 def _check_activation(op: str, activation: str, *tensors: torch.Tensor) -> None:
@@ -266,4 +290,4 @@ def packed_glu(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     check_packed_glu("packed_glu", gate_up, activation)
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
-    return _PackedGLU.apply(gate_up, activation)
+    return _GLU.apply(gate_up, None, activation)

@@ -58,7 +58,7 @@ class _GLULinear(torch.autograd.Function):
     def forward(ctx, gate, up, weight, bias, activation, recompute):
         need_gate, need_up, need_w = ctx.needs_input_grad[:3]
         need_z = need_gate or need_up
-        z = glu_forward(*_halves(gate, up), activation)
+        z = glu_forward(gate, up, activation)
         kept = z if need_w and not recompute else None
         inputs = (gate, up) if need_z or (need_w and recompute) else (None, None)
         ctx.save_for_backward(*inputs, weight if need_z else None, kept)
@@ -75,25 +75,15 @@ class _GLULinear(torch.autograd.Function):
         with no_autocast(dy):
             if need_gate or need_up:
                 dz = torch.mm(rows, weight)  # [rows, I]
-                dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need_gate else None
-                dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if need_up else None
-                if up is None:
-                    halves = dgate.view(-1, gate.shape[-1]).chunk(2, dim=-1)
-                else:
-                    halves = [g if g is None else g.view(dz.shape) for g in (dgate, dup)]
-                again = dz if need_w and z is None else None  # z takes the place of its gradient
-                glu_backward(dz, *_halves(gate, up), *halves, ctx.activation, again)
-                z = dz if z is None else z
+                # If it has to be computed again, z takes the place of its gradient.
+                dgate, dup, again = glu_backward(dz, gate, up, ctx.activation, need_gate, need_up, need_w and z is None)
+                z = again if z is None else z
             elif need_w and z is None:
-                z = glu_forward(*_halves(gate, up), ctx.activation)
+                z = glu_forward(gate, up, ctx.activation)
             if need_w:
                 dw = torch.mm(rows.t(), z.view(-1, z.shape[-1]))
             db = rows.sum(0) if need_b else None
         return dgate, dup, dw, db, None, None
-
-
-def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    return gate.chunk(2, dim=-1) if up is None else (gate, up)
 
 
 def _check(gate, up, weight, bias, activation):

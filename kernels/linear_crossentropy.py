@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._runtime import autocast_dtype, launch_device, tl, triton, use_triton
+from ._operators import operator
+from ._runtime import PLAIN, autocast_dtype, launch_device, tl, triton, use_triton
 from ._weight_grad import WeightGrad, scale_to
 from .counted_rows import CountedRows, capturing, rows_that_count
 from .crossentropy import (
@@ -249,6 +250,62 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dx, dw, db, None, None, None, None
 
 
+def _loss_results(x, weight, bias, target, loss, mean, budget, accumulate_in, need_x, need_w, need_b):
+    """The loss, and of the gradients and the factor of `_loss_and_grads` those that there are."""
+    half = x.dtype == torch.float16
+    results = [torch.empty((), dtype=torch.float32, device=x.device)]
+    if need_x:
+        results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    if need_w:
+        dtype = torch.float32 if half else weight.dtype
+        results.append(torch.empty(weight.shape, dtype=dtype, device=x.device))
+    if need_b:
+        results.append(torch.empty(weight.shape[0], dtype=torch.float32, device=x.device))
+    if half and mean:
+        results.append(torch.empty((), dtype=torch.float32, device=x.device))
+    return results
+
+
+@operator(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Scalar?[] loss, bool mean, int budget,"
+    " ScalarType? accumulate_in, bool need_x, bool need_w, bool need_b) -> Tensor[]",
+    _loss_results,
+)
+def _loss_and_whole_grads(x, weight, bias, target, loss, mean, budget, accumulate_in, *needs):
+    """What `_LinearCrossEntropy` does in its forward, with gradients that are whole tensors."""
+    rows = rows_that_count(target, loss[0])
+    options = {"loss": loss, "mean": mean, "budget": budget, "accumulate_in": accumulate_in}
+    with torch.autocast(x.device.type, enabled=False):
+        loss, (dx, dw, db), late_factor = _loss_and_grads(x, weight, bias, target, rows, options, *needs)
+        if dw is not None:
+            # In float16 it may fit only once it has been scaled.
+            dw = dw.whole() if x.dtype == torch.float16 else dw.scaled(torch.ones((), device=x.device))
+    dx = None if dx is None else dx.view(x.shape)
+    return [t for t in (loss, dx, dw, db, late_factor) if t is not None]
+
+
+class _CompiledLinearCrossEntropy(torch.autograd.Function):
+    """`_LinearCrossEntropy` for compilers, to whom gradients that one backward uses up would be a side effect."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, options, grad_enabled):
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        loss, *found = _loss_and_whole_grads(x, weight, bias, target, *options.values(), *needs)
+        ctx.save_for_backward(*found)
+        ctx.needs = needs
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        found = list(ctx.saved_tensors)
+        if len(found) > sum(ctx.needs):
+            dloss = dloss * found.pop()
+        grads, dtypes = iter(found), zip(ctx.needs, ctx.dtypes, strict=True)
+        return *((next(grads).float() * dloss).to(dtype) if need else None for need, dtype in dtypes), None, None, None
+
+
 def _check(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -369,6 +426,8 @@ def linear_cross_entropy(
         "budget": logits_budget,
         "accumulate_in": accumulate_in,
     }
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+        return _CompiledLinearCrossEntropy.apply(x, weight, bias, target, options, torch.is_grad_enabled())
     if rows is None:
         rows = rows_that_count(target, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._operators import operator
 from ._runtime import jit, launch_device, num_sms, tl, triton, use_triton
 from .rmsnorm import check_cast, rms_norm_reference, scale_of, sum_rows
 from .rotary import (
@@ -333,74 +334,114 @@ def backward_tiling(q_heads: int, k_heads: int, block_half: int, sms: int) -> Ti
     return Tiling(1, q, k, blocks, warps, -(-2 * sms // blocks), 3)
 
 
+def _results(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim):
+    table_dtype = torch.promote_types(cos.dtype, sin.dtype)
+    results = []
+    for x, weight in (q, q_weight), (k, k_weight):
+        dtype = x.dtype if cast_after else torch.promote_types(x.dtype, weight.dtype)
+        results.append(empty_with_strides_of(x, torch.promote_types(dtype, table_dtype)))
+    return tuple(results)
+
+
+@operator(
+    "norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps, float offset,"
+    " bool cast_after, int head_dim) -> (Tensor, Tensor)",
+    _results,
+)
+def _forward(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim):
+    """Of tensors with contiguous rows."""
+    outputs = _results(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim)
+    n_tokens, width = q.shape[3 - head_dim], q.shape[3]
+    all_tokens, heads = q.shape[0] * n_tokens, (q.shape[head_dim], k.shape[head_dim])
+    half, block_half, block_rest = blocks_of(width, cos.shape[-1])
+    tokens, q_block, k_block, blocks, warps, _, _ = forward_tiling(*heads, block_half)
+    with launch_device(q):
+        _fwd_kernel[(-(-all_tokens // tokens), blocks)](
+            q, k, q_weight, k_weight, cos, sin, *outputs, n_tokens, all_tokens, *heads,
+            *strides_of(head_dim, q, k, *outputs), *table_strides_of(head_dim, cos, sin), eps, offset,
+            width, half, offset != 0, cast_after, block_half, block_rest, tokens, q_block, k_block,
+            num_warps=warps,
+        )  # fmt: skip
+    return outputs
+
+
+def _gradient_results(q, k, q_weight, k_weight, cos, sin, dyq, dyk, eps, offset, cast_after, head_dim, need_dw):
+    results = [empty_with_strides_of(x, x.dtype) for x, dy in ((q, dyq), (k, dyk)) if dy is not None]
+    if need_dw:
+        dtype = q_weight.dtype if q_weight.dtype == k_weight.dtype else torch.float32
+        results.append(torch.empty(2 * q.shape[3], dtype=dtype, device=q.device))
+    return results
+
+
+@operator(
+    "norm_rope_backward(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? dyq,"
+    " Tensor? dyk, float eps, float offset, bool cast_after, int head_dim, bool need_dw) -> Tensor[]",
+    _gradient_results,
+)
+def _backward(q, k, q_weight, k_weight, cos, sin, dyq, dyk, eps, offset, cast_after, head_dim, need_dw):
+    """The gradients of q and k, for each that has one of its output, and of both weights, in one tensor."""
+    results = _gradient_results(
+        q, k, q_weight, k_weight, cos, sin, dyq, dyk, eps, offset, cast_after, head_dim, need_dw
+    )
+    found = iter(results)
+    n_tokens, width = q.shape[3 - head_dim], q.shape[3]
+    all_tokens = q.shape[0] * n_tokens
+    incoming, outgoing, heads = [], [], []
+    for x, dy in (q, dyq), (k, dyk):
+        # What is not wanted takes part with no heads.
+        incoming.append(x if dy is None else with_contiguous_rows(dy))
+        outgoing.append(x if dy is None else next(found))
+        heads.append(0 if dy is None else x.shape[head_dim])
+    half, block_half, block_rest = blocks_of(width, cos.shape[-1])
+    tokens, q_block, k_block, blocks, warps, programs, stages = backward_tiling(*heads, block_half, num_sms(q))
+    programs = min(programs, -(-all_tokens // tokens))
+    partial = None
+    if need_dw:
+        partial = torch.empty(blocks * programs, 2 * width, dtype=torch.float32, device=q.device)
+    with launch_device(q):
+        _bwd_kernel[(programs, blocks)](
+            q, k, q_weight, k_weight, cos, sin, *incoming, *outgoing, partial, n_tokens, all_tokens, *heads,
+            *strides_of(head_dim, q, k, *incoming, *outgoing), *table_strides_of(head_dim, cos, sin), eps, offset,
+            width, half, offset != 0, cast_after, block_half, block_rest, tokens, q_block, k_block, stages,
+            num_warps=warps,
+        )  # fmt: skip
+        if need_dw:
+            sum_rows(partial, next(found))
+    return results
+
+
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim):
         ctx.set_materialize_grads(False)
-        table_dtype = torch.promote_types(cos.dtype, sin.dtype)
-        outputs = []
-        for i, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
-            dtype = x.dtype if cast_after else torch.promote_types(x.dtype, weight.dtype)
-            outputs.append(empty_with_strides_of(x, torch.promote_types(dtype, table_dtype)))
-            if not (ctx.needs_input_grad[i] or ctx.needs_input_grad[2 + i]):
-                ctx.mark_non_differentiable(outputs[i])
         q, k, cos, sin = (with_contiguous_rows(t) for t in (q, k, cos, sin))
         q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         ctx.options = eps, offset, cast_after, head_dim
-        n_tokens, width = q.shape[3 - head_dim], q.shape[3]
-        all_tokens, heads = q.shape[0] * n_tokens, (q.shape[head_dim], k.shape[head_dim])
-        half, block_half, block_rest = blocks_of(width, cos.shape[-1])
-        tokens, q_block, k_block, blocks, warps, _, _ = forward_tiling(*heads, block_half)
-        with launch_device(q):
-            _fwd_kernel[(-(-all_tokens // tokens), blocks)](
-                q, k, q_weight, k_weight, cos, sin, *outputs, n_tokens, all_tokens, *heads,
-                *strides_of(head_dim, q, k, *outputs), *table_strides_of(head_dim, cos, sin), eps, offset,
-                width, half, offset != 0, cast_after, block_half, block_rest, tokens, q_block, k_block,
-                num_warps=warps,
-            )  # fmt: skip
-        return tuple(outputs)
+        outputs = _forward(q, k, q_weight, k_weight, cos, sin, *ctx.options)
+        needed = ctx.needs_input_grad
+        ctx.mark_non_differentiable(*(outputs[i] for i in (0, 1) if not (needed[i] or needed[2 + i])))
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        eps, offset, cast_after, head_dim = ctx.options
         needed = ctx.needs_input_grad
-        n_tokens, width = q.shape[3 - head_dim], q.shape[3]
-        all_tokens = q.shape[0] * n_tokens
-        incoming, outgoing, heads = [], [], []
-        for i, (x, dy) in enumerate(zip((q, k), dys, strict=True)):
-            wanted = dy is not None and (needed[i] or needed[2 + i])
-            # What is not wanted takes part with no heads.
-            incoming.append(with_contiguous_rows(dy) if wanted else x)
-            outgoing.append(empty_with_strides_of(x, x.dtype) if wanted else x)
-            heads.append(x.shape[head_dim] if wanted else 0)
-        if not any(heads):
+        wanted = [dy is not None and (needed[i] or needed[2 + i]) for i, dy in enumerate(dys)]
+        if not any(wanted):
             return (None,) * 10
-        half, block_half, block_rest = blocks_of(width, cos.shape[-1])
-        tokens, q_block, k_block, blocks, warps, programs, stages = backward_tiling(*heads, block_half, num_sms(q))
-        programs = min(programs, -(-all_tokens // tokens))
-        partial = dw = None
+        tensors = ctx.saved_tensors
+        dys = [dy if want else None for dy, want in zip(dys, wanted, strict=True)]
+        found = iter(_backward(*tensors, *dys, *ctx.options, needed[2] or needed[3]))
+        dx = [next(found) if want else None for want in wanted]
+        dx = [d if need else None for d, need in zip(dx, needed[:2], strict=True)]
+        dw = [None, None]
         if needed[2] or needed[3]:
-            partial = torch.empty(blocks * programs, 2 * width, dtype=torch.float32, device=q.device)
-            dtype = q_weight.dtype if q_weight.dtype == k_weight.dtype else torch.float32
-            dw = torch.empty(2 * width, dtype=dtype, device=q.device)
-        with launch_device(q):
-            _bwd_kernel[(programs, blocks)](
-                q, k, q_weight, k_weight, cos, sin, *incoming, *outgoing, partial, n_tokens, all_tokens, *heads,
-                *strides_of(head_dim, q, k, *incoming, *outgoing), *table_strides_of(head_dim, cos, sin), eps, offset,
-                width, half, offset != 0, cast_after, block_half, block_rest, tokens, q_block, k_block, stages,
-                num_warps=warps,
-            )  # fmt: skip
-            if dw is not None:
-                sum_rows(partial, dw)
-        dx = [outgoing[i] if heads[i] and needed[i] else None for i in (0, 1)]
-        weights = [
-            dw[i * width : (i + 1) * width].to(weight.dtype) if heads[i] and needed[2 + i] else None
-            for i, weight in enumerate((q_weight, k_weight))
-        ]
-        return *dx, *weights, None, None, None, None, None, None
+            halves = next(found).chunk(2)
+            for i in (0, 1):
+                if wanted[i] and needed[2 + i]:
+                    dw[i] = halves[i].to(tensors[2 + i].dtype)
+        return *dx, *dw, None, None, None, None, None, None
 
 
 def _check(q, k, q_weight, k_weight, cos, sin, cast) -> int:

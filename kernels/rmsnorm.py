@@ -8,6 +8,7 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._operators import operator
 from ._runtime import is_dense_with_rows, jit, launch_device, tl, triton, use_triton, with_layout_of
 
 
@@ -235,6 +236,51 @@ def backward_tiling(hidden: int, element_bytes: int, device: int) -> tuple[int, 
     return rows, block, warps, resident * gpu.multi_processor_count, max(1, min(stages, 1 + buffers))
 
 
+def _norm_results(x, weight, eps, offset, cast_after):
+    """(y, rstd) of a dense x: memory for what the kernel writes."""
+    dtype = x.dtype if cast_after else torch.promote_types(x.dtype, weight.dtype)
+    # x is walked in memory order, and empty_like has its strides: any order of the leading dims is kept.
+    y = torch.empty_like(x, dtype=dtype)
+    return y, torch.empty(x.numel() // weight.shape[0], dtype=torch.float32, device=x.device)
+
+
+def _add_norm_results(x, residual, weight, eps, offset, cast_after):
+    h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y, rstd = _norm_results(h, weight, eps, offset, cast_after)
+    return y, h, rstd
+
+
+def _launch_forward(x, residual, weight, h, y, rstd, eps, offset, cast_after):
+    hidden, n_rows = weight.shape[0], rstd.numel()
+    rows, block, warps = forward_tiling(hidden)
+    with launch_device(x):
+        _fwd_kernel[(-(-n_rows // rows),)](
+            x, residual, weight.contiguous(), h, y, rstd, n_rows, eps, offset,
+            hidden, offset != 0, cast_after, rows, block, num_warps=warps,
+        )  # fmt: skip
+
+
+@operator(
+    "rms_norm(Tensor x, Tensor weight, float eps, float offset, bool cast_after) -> (Tensor y, Tensor rstd)",
+    _norm_results,
+)
+def _norm(x, weight, eps, offset, cast_after):
+    y, rstd = _norm_results(x, weight, eps, offset, cast_after)
+    _launch_forward(x, None, weight, None, y, rstd, eps, offset, cast_after)
+    return y, rstd
+
+
+@operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float offset, bool cast_after)"
+    " -> (Tensor y, Tensor h, Tensor rstd)",
+    _add_norm_results,
+)
+def _add_norm(x, residual, weight, eps, offset, cast_after):
+    y, h, rstd = _add_norm_results(x, residual, weight, eps, offset, cast_after)
+    _launch_forward(x, residual, weight, h, y, rstd, eps, offset, cast_after)
+    return y, h, rstd
+
+
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float, cast_after: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,22 +290,10 @@ def forward(
     """
     if not is_dense_with_rows(x):
         x = x.contiguous()
-    hidden = weight.shape[0]
-    n_rows = x.numel() // hidden
-    # x is walked in memory order, and empty_like has its strides: any order of the leading dims is kept.
-    h = x
     if residual is not None:
-        residual = with_layout_of(residual, x)
-        h = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype))
-    y = torch.empty_like(h, dtype=h.dtype if cast_after else torch.promote_types(h.dtype, weight.dtype))
-    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    rows, block, warps = forward_tiling(hidden)
-    with launch_device(x):
-        _fwd_kernel[(-(-n_rows // rows),)](
-            x, residual, weight.contiguous(), None if residual is None else h, y, rstd, n_rows, eps, offset,
-            hidden, offset != 0, cast_after, rows, block, num_warps=warps,
-        )  # fmt: skip
-    return y, h, rstd
+        return _add_norm(x, with_layout_of(residual, x), weight, eps, offset, cast_after)
+    y, rstd = _norm(x, weight, eps, offset, cast_after)
+    return y, x, rstd
 
 
 def backward(
@@ -272,39 +306,56 @@ def backward(
     cast_after: bool,
     need_dx: bool,
     need_dw: bool,
-    y: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(gradient of h, gradient of weight) from those of y and h; None for what is not needed.
+    need_y: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(gradient of h, gradient of weight) from those of y and h, and y again; None for what is not needed.
 
-    h and rstd are those of `forward`. y: dense with the layout of h and the dtype of the forward's y, which is
-    written into it again; it may be dy itself, if dy has that layout.
+    h and rstd are those of `forward`. If y is needed dy is given up: y may be written over it.
 
     What is written again are the same values, rounded from the same products. (On a GPU, ptxas may fuse the last
     product of one of the kernels with its rounding: an element in thousands, near the middle between two numbers of
     a 16-bit dtype, then comes out as the other one.)
     """
-    hidden, n_rows = weight.shape[0], rstd.numel()
     dy = with_layout_of(dy, h)
-    element_bytes = h.element_size() + dy.element_size()
-    if not need_dx:
-        dh = None
-    elif dh is not None:
-        dh = with_layout_of(dh, h)
-        element_bytes += dh.element_size()
+    dh = None if dh is None or not need_dx else with_layout_of(dh, h)
+    found = iter(_backward(dy, dh, h, weight, rstd, offset, cast_after, need_dx, need_dw, need_y))
+    dx, dw, y = (next(found) if need else None for need in (need_dx, need_dw, need_y))
+    return dx, dw, y
+
+
+def _backward_results(dy, dh, h, weight, rstd, offset, cast_after, need_dx, need_dw, need_y):
+    dx = [torch.empty_like(h)] if need_dx else []
+    dw = [torch.empty_like(weight, memory_format=torch.contiguous_format)] if need_dw else []
+    return dx + dw + ([torch.empty_like(dy)] if need_y else [])
+
+
+@operator(
+    "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, float offset, bool cast_after,"
+    " bool need_dx, bool need_dw, bool need_y) -> Tensor[]",
+    _backward_results,
+    over_dy=False,
+)
+def _backward(dy, dh, h, weight, rstd, offset, cast_after, need_dx, need_dw, need_y, over_dy=True):
+    """The needed ones of dx, dw and y; all tensors have h's layout."""
+    hidden, n_rows = weight.shape[0], rstd.numel()
+    element_bytes = sum(t.element_size() for t in (h, dy, dh) if t is not None)
     rows, block, warps, programs, stages = backward_tiling(hidden, element_bytes, h.get_device())
     programs = min(programs, -(-n_rows // rows))
     dx = torch.empty_like(h) if need_dx else None
     partial = torch.empty(programs, hidden, dtype=torch.float32, device=h.device) if need_dw else None
+    y = None
+    if need_y:
+        y = dy if over_dy else torch.empty_like(dy)
     with launch_device(h):
         _bwd_kernel[(programs,)](
             dy, dh, h, weight.contiguous(), rstd, dx, partial, y, n_rows, offset,
             hidden, offset != 0, cast_after, rows, block, stages, num_warps=warps,
         )  # fmt: skip
-        if not need_dw:
-            return dx, None
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        sum_rows(partial, dw)
-    return dx, dw
+        dw = None
+        if need_dw:
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            sum_rows(partial, dw)
+    return [t for t in (dx, dw, y) if t is not None]
 
 
 def sum_rows(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -324,7 +375,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *backward(dy, None, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2]), None, None, None
+        dx, dw, _ = backward(dy, None, *ctx.saved_tensors, *ctx.options, *ctx.needs_input_grad[:2])
+        return dx, dw, None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -348,7 +400,7 @@ class _AddRMSNorm(torch.autograd.Function):
         d, dw = dh, None
         if dy is not None:
             h, weight, rstd = ctx.saved_tensors
-            d, dw = backward(dy, dh, h, weight, rstd, *ctx.options, need_x or need_residual, need_weight)
+            d, dw, _ = backward(dy, dh, h, weight, rstd, *ctx.options, need_x or need_residual, need_weight)
         x_dtype, residual_dtype = ctx.dtypes
         dx = d.to(x_dtype) if need_x and d is not None else None
         dresidual = d.to(residual_dtype) if need_residual and d is not None else None

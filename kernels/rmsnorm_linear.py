@@ -81,9 +81,9 @@ class _RMSNormLinear(torch.autograd.Function):
                     dx = dh if need_dx else None
                 else:
                     dy = dy.view(h.shape)
-                    again = dy if y is None and need_dx and any(need_w) else None  # y takes the place of its gradient
-                    dx, dnorm = rmsnorm.backward(
-                        dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, again
+                    need_y = y is None and need_dx and any(need_w)  # it takes the place of its gradient
+                    dx, dnorm, again = rmsnorm.backward(
+                        dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, need_y
                     )
                     y = again if y is None else y
             if y is None and any(need_w):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._operators import operator
 from ._runtime import jit, launch_device, tl, triton, use_triton
 
 
@@ -240,24 +241,33 @@ def tiling(q_heads: int, k_heads: int, block_half: int) -> Tiling:
     return Tiling(1, q, k, blocks, min(4, max(1, tile // 256)))
 
 
-def _launch(
-    pairs: list[tuple[torch.Tensor, torch.Tensor] | None],
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    head_dim: int,
-    backward: bool,
-) -> None:
-    """Rotate each (source, destination) pair; where one is None it takes part with no heads."""
+def _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, backward):
+    results = []
+    for x, dtype, strides in (q, q_dtype, q_strides), (k, k_dtype, k_strides):
+        if strides is not None:
+            results.append(torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device))
+        elif dtype is not None:
+            results.append(empty_with_strides_of(x, dtype))
+    return results
+
+
+@operator(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, ScalarType? q_dtype, ScalarType? k_dtype, SymInt[]? q_strides,"
+    " SymInt[]? k_strides, int head_dim, bool backward) -> Tensor[]",
+    _rotated,
+)
+def _rotate(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, backward):
+    """q and k, rotated or rotated back, in the dtypes given; what has none takes part with no heads.
+
+    Without strides of its own, a result has those of what it is made from.
+    """
+    results = _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, backward)
+    found = iter(results)
+    yq, yk = (x if dtype is None else next(found) for x, dtype in ((q, q_dtype), (k, k_dtype)))
+    heads = [0 if dtype is None else x.shape[head_dim] for x, dtype in ((q, q_dtype), (k, k_dtype))]
     token_dim = 3 - head_dim
-    source = next(pair for pair in pairs if pair is not None)[0]
-    batch, n_tokens, width = source.shape[0], source.shape[token_dim], source.shape[-1]
-    tensors, heads = [], []
-    for pair in pairs:
-        x, y = pair or (source, source)
-        tensors.append((with_contiguous_rows(x), y))
-        heads.append(x.shape[head_dim] if pair else 0)
-    (q, yq), (k, yk) = tensors
-    cos, sin = with_contiguous_rows(cos), with_contiguous_rows(sin)
+    batch, n_tokens, width = q.shape[0], q.shape[token_dim], q.shape[-1]
+    q, k, cos, sin = (with_contiguous_rows(x) for x in (q, k, cos, sin))
     half, block_half, block_rest = blocks_of(width, cos.shape[-1])
     tokens, q_block, k_block, blocks, warps = tiling(*heads, block_half)
     with launch_device(q):
@@ -266,6 +276,7 @@ def _launch(
             *strides_of(head_dim, q, k, yq, yk), *table_strides_of(head_dim, cos, sin),
             width, half, backward, block_half, block_rest, tokens, q_block, k_block, num_warps=warps,
         )  # fmt: skip
+    return results
 
 
 class _Rope(torch.autograd.Function):
@@ -273,26 +284,28 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, head_dim):
         ctx.set_materialize_grads(False)
         table_dtype = torch.promote_types(cos.dtype, sin.dtype)
-        outputs = [empty_with_strides_of(x, torch.promote_types(x.dtype, table_dtype)) for x in (q, k)]
-        _launch([(q, outputs[0]), (k, outputs[1])], cos, sin, head_dim, False)
+        dtypes = [torch.promote_types(x.dtype, table_dtype) for x in (q, k)]
+        outputs = _rotate(q, k, cos, sin, *dtypes, None, None, head_dim, False)
         ctx.mark_non_differentiable(*(outputs[i] for i in (0, 1) if not ctx.needs_input_grad[i]))
         ctx.save_for_backward(cos, sin)
         ctx.head_dim = head_dim
         # The gradients take the outputs' strides.
-        ctx.layouts = [(y.shape, y.stride(), x.dtype) for x, y in zip((q, k), outputs, strict=True)]
+        ctx.layouts = [(x.dtype, y.stride()) for x, y in zip((q, k), outputs, strict=True)]
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dyq, dyk):
         cos, sin = ctx.saved_tensors
-        pairs = []
-        for i, (dy, layout) in enumerate(zip((dyq, dyk), ctx.layouts, strict=True)):
-            wanted = dy is not None and ctx.needs_input_grad[i]
-            pairs.append((dy, torch.empty_strided(*layout[:2], dtype=layout[2], device=dy.device)) if wanted else None)
-        if any(pair is not None for pair in pairs):
-            _launch(pairs, cos, sin, ctx.head_dim, True)
-        return *(None if pair is None else pair[1] for pair in pairs), None, None, None
+        wanted = [dy is not None and need for dy, need in zip((dyq, dyk), ctx.needs_input_grad[:2], strict=True)]
+        if not any(wanted):
+            return (None,) * 5
+        # What is not wanted takes part with no heads.
+        dyq, dyk = dyq if wanted[0] else dyk, dyk if wanted[1] else dyq
+        layouts = [layout if want else (None, None) for layout, want in zip(ctx.layouts, wanted, strict=True)]
+        dtypes, strides = zip(*layouts, strict=True)
+        rotated = iter(_rotate(dyq, dyk, cos, sin, *dtypes, *strides, ctx.head_dim, True))
+        return *(next(rotated) if want else None for want in wanted), None, None, None
 
 
 def check_rope(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> int:

@@ -22,11 +22,6 @@ PLAIN = (
 )  # fmt: skip
 """Types of Python constants: they may stand in a graph as they are, and compare by value."""
 
-OWN_ATTRIBUTES = frozenset({
-    "_graph", "report", "_ligerfx_session", "_ligerfx_program", "_ligerfx_programs", "_ligerfx_warned",
-})  # fmt: skip
-"""What an optimised module has beside the attributes of the original."""
-
 MISSING = object()
 
 
@@ -40,6 +35,12 @@ class Read:
 
     def __post_init__(self) -> None:
         self._state = snapshot(self.value)
+
+    def settled(self) -> Read:
+        """This, or where the capture used nothing of a number, that there is one: once the capture is finished."""
+        if not isinstance(self.value, TracedInt):
+            return self
+        return Read(self.path, self.name, plain(self.value)) if self.value.used else AnyInt(self.path, self.name, None)
 
     def has_changed(self) -> bool:
         """Whether the value has been changed in place since it was read."""
@@ -65,6 +66,14 @@ class Read:
             mine, other = ((p.func, p.args, p.keywords) for p in (value, self.value))
             return _equal(mine, other)
         return type(value) is type(self.value) and isinstance(value, (*PLAIN, tuple)) and _equal(value, self.value)
+
+
+@dataclasses.dataclass(eq=False)
+class AnyInt(Read):
+    """An integer that was read, and did not matter."""
+
+    def same(self, module: nn.Module) -> bool:
+        return type(module.__dict__.get(self.name)) is int
 
 
 @dataclasses.dataclass(eq=False)
@@ -145,12 +154,10 @@ def works_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     return by_name or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
-def stands_for(
-    module: nn.Module, cls: type, parameters: tuple[str, ...], attributes: frozenset[str] | None = None
-) -> bool:
+def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...], methods: tuple[str, ...] = ()) -> bool:
     """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else.
 
-    With `attributes`, the module may have no others of its own: one could hide a method that forward calls.
+    No attribute of the module's own may hide one of `methods`, which forward could call.
     """
     if getattr(type(module), "_original_class", type(module)) is not cls or not runs_its_forward(module):
         return False
@@ -166,9 +173,14 @@ def stands_for(
             present += 1
     if present != len(parameters):
         return False
-    if attributes is None or state.keys() <= attributes:
-        return True
-    return all(name in parameters and is_view_of_flat(state[name]) for name in state.keys() - attributes)
+    return all(name not in state for name in methods)
+
+
+def own_methods(module: nn.Module, cls: type) -> tuple[str, ...]:
+    """What `cls` and its bases up to nn.Module define, and the module has no attribute of its own for."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    names = dict.fromkeys(name for base in bases for name in vars(base) if not name.startswith("__"))
+    return tuple(name for name in names if name not in vars(module))
 
 
 def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:

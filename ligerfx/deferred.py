@@ -158,6 +158,17 @@ def _stays_deferred(name: str, args: tuple, kwargs: dict) -> bool:
     return name != "to" or all(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values()))
 
 
+def compute_logits(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, scale: float
+) -> torch.Tensor:
+    logits = F.linear(x, weight, bias)
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
 def deferred_logits(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -176,36 +187,45 @@ def deferred_logits(
         scale: factor on the logits, before the soft cap.
 
     Returns:
-        A `DeferredTensor` [..., V].
+        A `DeferredTensor` [..., V]; in what torch.compile traces an ordinary tensor, unless it is an output of the
+        model that is compiled.
     """
-
     from .kernels._runtime import autocast_dtype  # imports Triton, which `import ligerfx` must not
 
-    inputs = [t for t in (x, weight, bias) if t is not None]
+    autocast = autocast_dtype(x.device.type)
+    requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias) if t is not None)
+    if torch.compiler.is_compiling():
+        from .compiled import logits_under_compile  # imports the compiler, which `import ligerfx` must not
+
+        return logits_under_compile(x, weight, bias, softcap, scale, autocast, requires_grad)
+    return deferred(x, weight, bias, softcap, scale, autocast, requires_grad)
+
+
+def deferred(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    scale: float,
+    autocast: torch.dtype | None,
+    requires_grad: bool,
+    convert: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+) -> DeferredTensor:
+    """What `deferred_logits` returns; `convert` has the last word on the values."""
     device = x.device.type
-    autocast = autocast_dtype(device)
-    dtype = autocast or x.dtype
 
     def compute() -> torch.Tensor:
         mode: Any = contextlib.nullcontext()
         if torch.amp.is_autocast_available(device):
             mode = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
         with mode:
-            logits = F.linear(x, weight, bias)
-            if scale != 1.0:
-                logits = logits * scale
-            if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
-            return logits
+            return convert(compute_logits(x, weight, bias, softcap, scale))
 
-    if torch.compiler.is_compiling():  # what a compiled graph gives are tensors
-        return compute()
-    requires_grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return DeferredTensor.make(
         compute,
-        [(t, t._version) for t in inputs if not t.is_inference()],
+        [(t, t._version) for t in (x, weight, bias) if t is not None and not t.is_inference()],
         (*x.shape[:-1], weight.shape[0]),
-        dtype,
+        autocast or x.dtype,
         x.device,
         requires_grad,
     )

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, stands_for, structure
-from .deferred import DeferredTensor
+from .deferred import DeferredTensor, deferred_logits
 from .dissolve import dissolved, scopes, straddled
 from .errors import CaptureError, PatternError
 from .matcher import Match, Matcher, NearMiss
@@ -134,6 +134,7 @@ class OptimizedModule(GraphModule):
     `from_pretrained` does, makes a module of the original class."""
 
     _original_class: type
+    _lineno_map = None  # where torch.compile looks for the nodes behind the lines of a GraphModule's code
 
     def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
         return cls._original_class(*args, **kwargs) if args or kwargs else object.__new__(cls)
@@ -177,6 +178,12 @@ class OptimizedModule(GraphModule):
                 programs[:] = [new if p is old else p for p in programs]
         return self.graph.python_code("self")
 
+    def only_returns_deferred_logits(self) -> bool:
+        """Whether graphs of this module's forward defer logits, and use none of them but as an output."""
+        graphs = [program.capture.graph for programs in self._ligerfx_programs.values() for program in programs]
+        deferred = [n for graph in graphs for n in graph.nodes if n.target is deferred_logits]
+        return bool(deferred) and all(map(_is_only_returned, deferred))
+
     @property
     def itself(self) -> OptimizedModule:
         """This module: what a graph hands to functions that want it."""
@@ -214,6 +221,10 @@ def optimized_class(cls: type) -> type:
 
     @functools.wraps(cls.forward)
     def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            from .compiled import learn  # imports the compiler, which `import ligerfx` must not
+
+            learn()
         program, leaves = find_program(self, args, kwargs)
         if program is None or program.function is None:
             return cls.forward(self, *args, **kwargs)
@@ -259,6 +270,9 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
             if program.guard(module, leaves):
                 return program, leaves
     if torch.compiler.is_compiling():  # which cannot stop to capture anything: it sees the original forward
+        from .compiled import warn_of_unknown_call
+
+        warn_of_unknown_call(type(module).__name__)
         return None, leaves
     if sum(map(len, programs.values())) >= MAX_SIGNATURES:
         _warn_once(
@@ -274,6 +288,11 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     warn_of_full_logits(module, program)
     # A capture that does not even serve the call that it was made for must not run.
     return (program if program.guard(module, leaves) else None), leaves
+
+
+def _is_only_returned(node: Node) -> bool:
+    """Whether nothing happens to a node's value but that it is returned, perhaps in an object of some class."""
+    return all(u.op == "output" or (isinstance(u.target, type) and _is_only_returned(u)) for u in node.users)
 
 
 def _warn_once(module: OptimizedModule, message: str) -> None:
@@ -356,7 +375,7 @@ def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list]
         names[f"known{number}"] = known
         modules.append(f"stands_for({_module(path)}, *known{number})")
     for number, read in enumerate(capture.reads):
-        names[f"read{number}"] = read
+        names[f"read{number}"] = read.settled()
         modules.append(f"read{number}.same({_module(read.path)})")
     holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
 

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .capture import (
-    OWN_ATTRIBUTES,
     PLAIN,
     Alias,
     Capture,
@@ -32,6 +31,7 @@ from .capture import (
     Read,
     has_own_hooks,
     join,
+    own_methods,
     parameters_of,
     present_parameters,
     structure,
@@ -450,7 +450,7 @@ class Tracer(TorchFunctionMode):
             parent.capture.children.append((self._relative(parent, path), capture))
             node = self._record_call(parent, path, args, kwargs, out, real)
             if node is not None and may_dissolve(node.target, real):
-                known = cls, present_parameters(real), frozenset(vars(real)) | OWN_ATTRIBUTES
+                known = cls, present_parameters(real), own_methods(real, cls)
                 node.meta.update(capture=capture, stands_for=known)
         return out
 

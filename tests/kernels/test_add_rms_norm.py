@@ -157,14 +157,16 @@ def test_backward_writes_the_output_again(device, poison, dtypes, options, in_pl
         y, h, rstd = rmsnorm.forward(x, r, weight, options["eps"], offset, cast_after)
         assert torch.equal(y, add_rms_norm(x, r, weight, **options)[0])
         dy, dh = torch.randn_like(y), torch.randn_like(h)
-        expected = rmsnorm.backward(dy, dh, h, weight, rstd, offset, cast_after, True, True)
-        again = dy if in_place else torch.empty_like(y)
-        got = rmsnorm.backward(dy, dh, h, weight, rstd, offset, cast_after, True, True, again)
+        *expected, nothing = rmsnorm.backward(dy, dh, h, weight, rstd, offset, cast_after, True, True)
+        assert nothing is None
+        kept = dy.clone()
+        backward = rmsnorm.backward if in_place else torch.ops.ligerfx.rms_norm_backward
+        *got, again = backward(dy, dh, h, weight, rstd, offset, cast_after, True, True, True)
         assert _written_again(again, y)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert again is dy if in_place else torch.equal(dy, kept)
         # With nothing else to do.
-        again.fill_(float("nan"))
-        assert rmsnorm.backward(dy, None, h, weight, rstd, offset, cast_after, False, False, again) == (None, None)
+        *_, again = backward(dy.fill_(float("nan")), None, h, weight, rstd, offset, cast_after, False, False, True)
         assert _written_again(again, y)
 
 

@@ -1,17 +1,42 @@
 """torch.compile around an optimised model: one graph, and the original's numbers."""
 
+import warnings
+
 import pytest
 import torch
 
 import ligerfx
+from ligerfx.deferred import DeferredTensor
 from models import batch, default_batch, make
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler(references):
+def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+class Recorded:
+    """A backend that runs the graphs as they are, with autograd traced, and keeps what they call."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph_module, inputs):
+        self.graphs.append(graph_module)
+        return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
+
+    def count(self, name):
+        return sum(name in str(node.target) for graph in self.graphs for node in graph.graph.nodes)
+
+
+def on(device, family):
+    """A model and a batch there, of a kind of call that optimize does not see: without a mask."""
+    model = make(family).to(device)
+    inputs = default_batch(model)
+    inputs.pop("attention_mask", None)
+    return model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
 def losses_and_gradients(model, inputs):
@@ -21,27 +46,105 @@ def losses_and_gradients(model, inputs):
     return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
-def test_no_graph_breaks(family):
-    model = make(family)
-    optimised = ligerfx.optimize(model)
-    inputs = default_batch(model)
-    expected, gradients = losses_and_gradients(model, inputs)
-    losses_and_gradients(optimised, inputs)  # learns what this kind of call needs
-    compiled = torch.compile(optimised, backend="aot_eager", fullgraph=True)
-    loss, gradients_ = losses_and_gradients(compiled, inputs)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    for name, gradient in gradients.items():
+def assert_equal(expected, found):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    for name, gradient in expected[1].items():
+        other = found[1][name] if name in found[1] else found[1][f"_orig_mod.{name}"]
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(gradients_[f"_orig_mod.{name}"], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
+        torch.testing.assert_close(other, gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
-def test_a_call_that_was_never_seen_runs_the_original_code():
-    model = make("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_no_graph_breaks(references, family):
+    model = make(family)
+    inputs = default_batch(model)
+    compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager", fullgraph=True)
+    assert_equal(losses_and_gradients(model, inputs), losses_and_gradients(compiled, inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
+    model, inputs = on(device, family)
+    backend = Recorded()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile meets")
+        compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)
+        found = losses_and_gradients(compiled, inputs)
+    assert_equal(losses_and_gradients(model, inputs), found)
+    assert len(backend.graphs) == 1
+    assert backend.count("rsqrt") == 0, "a norm was traced instead of its kernel"
+    assert (
+        backend.count("autograd_function_apply") == 10
+    )  # a layer's q, k, v; rotation; gate, up; down: twice; the head
+
+
+def test_logits_of_a_compiled_model_stay_deferred_and_have_no_gradient(device):
+    model, inputs = on(device, "llama")
+    compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager", fullgraph=True)
+    for output, expected in ((compiled(**inputs), model(**inputs)), (compiled(**inputs), model(**inputs))):
+        assert type(output.logits) is DeferredTensor
+        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
+        with pytest.raises(RuntimeError, match="compiled with torch.compile and was given labels"):
+            (output.loss + output.logits.float().mean()).backward()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, expected.logits, rtol=1e-5, atol=1e-5)
+        output = compiled(**inputs)
+        model.lm_head.weight.mul_(2.0)
+        with pytest.raises(RuntimeError, match="weights have changed since"):
+            output.logits.sum()
+
+
+def test_logits_inside_what_is_compiled_have_their_gradient(device):
+    model, inputs = on(device, "llama")
     optimised = ligerfx.optimize(model)
-    compiled = torch.compile(optimised, backend="aot_eager")
-    inputs = batch(model, 3, 11, padding="left")
-    for labels in (inputs["labels"], inputs["labels"].where(inputs["labels"] % 2 == 0, -100)):
-        found, expected = compiled(**inputs | {"labels": labels}), model(**inputs | {"labels": labels})
+    optimised(**inputs)
+
+    def loss_of(model):
+        output = model(**inputs)
+        loss = output.loss + output.logits.float().logsumexp(-1).mean()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    def forward():
+        output = optimised(**inputs)
+        return output.loss + output.logits.float().logsumexp(-1).mean()
+
+    expected = loss_of(model)
+    loss = torch.compile(forward, backend="aot_eager", fullgraph=True)()
+    optimised.zero_grad(set_to_none=True)
+    loss.backward()
+    found = loss.detach(), {name: parameter.grad for name, parameter in optimised.named_parameters()}
+    assert_equal(expected, found)
+
+
+def test_a_step_that_is_compiled_before_its_first_call_warns(references):
+    model, inputs = on("cpu", "llama")
+    optimised = ligerfx.optimize(model)
+    step = torch.compile(lambda: optimised(**inputs).loss, backend="aot_eager")
+    with pytest.warns(UserWarning, match="a call of LlamaForCausalLM of a kind that ligerfx has not seen"):
+        loss = step()
+    torch.testing.assert_close(loss, model(**inputs).loss, rtol=1e-6, atol=0)
+
+
+def test_a_changed_attribute_recompiles(references):
+    model = make("llama")
+    compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager")
+    inputs = default_batch(model)
+    compiled(**inputs)
+    for norm in (model.model.norm, compiled._orig_mod.model.norm):
+        norm.variance_epsilon = 0.25
+    torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("labels", ["all", "some"])
+def test_other_sizes_and_padding(references, labels):
+    model = make("llama")
+    compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager")
+    for sizes in ((3, 11), (2, 13), (4, 9)):
+        inputs = batch(model, *sizes, padding="left")
+        if labels == "some":
+            inputs["labels"] = inputs["labels"].where(inputs["labels"] % 2 == 0, -100)
+        found, expected = compiled(**inputs), model(**inputs)
         torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
         torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,140 @@
+"""The kernels under torch.compile: one graph, the results of ordinary calls, and operators that say what comes out."""
+
+import pytest
+import torch
+
+from ligerfx.kernels import (
+    add_rms_norm,
+    cross_entropy,
+    glu,
+    glu_linear,
+    linear_cross_entropy,
+    norm_rope,
+    packed_glu,
+    packed_glu_linear,
+    rms_norm,
+    rms_norm_linear,
+    rope,
+    rows_that_count,
+)
+
+
+def _leaf(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+
+def _target(device):
+    target = torch.arange(10, device=device).view(2, 5)
+    target[0, :2] = -100
+    return target
+
+
+def _tables(device):
+    return torch.randn(2, 1, 1, 5, 16, device=device).unbind()
+
+
+def _loss(x, weight, target):
+    return linear_cross_entropy(x, weight, target, rows=rows_that_count(target), label_smoothing=0.1, softcap=3.0)
+
+
+# For each a function, the shapes of what gets a gradient, and what makes the rest.
+CASES = {
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), [(2, 5, 32), (32,)], None),
+    "rms_norm, permuted": (lambda x, w: rms_norm(x.transpose(0, 1), w, offset=1.0), [(2, 5, 32), (32,)], None),
+    "add_rms_norm": (add_rms_norm, [(2, 5, 32), (2, 5, 32), (32,)], None),
+    "add_rms_norm, no residual": (lambda x, w: add_rms_norm(x, None, w), [(2, 5, 32), (32,)], None),
+    "rms_norm_linear": (
+        lambda x, r, w, a, b: rms_norm_linear(x, w, [a, b], residual=r),
+        [(2, 5, 32), (2, 5, 32), (32,), (24, 32), (16, 32)],
+        None,
+    ),
+    "rms_norm_linear, y kept": (
+        lambda x, w, a, b: rms_norm_linear(x, w, [a, b], recompute=False),
+        [(2, 5, 32), (32,), (24, 32), (16, 32)],
+        None,
+    ),
+    "glu": (glu, [(2, 5, 48), (2, 5, 48)], None),
+    "packed_glu": (lambda x: packed_glu(x, "gelu_tanh"), [(2, 5, 96)], None),
+    "glu_linear": (glu_linear, [(2, 5, 48), (2, 5, 48), (32, 48)], None),
+    "packed_glu_linear": (packed_glu_linear, [(2, 5, 96), (32, 48)], None),
+    "rope": (rope, [(2, 4, 5, 16), (2, 2, 5, 16)], _tables),
+    "rope, permuted": (
+        lambda q, k, cos, sin: rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin),
+        [(2, 5, 4, 16), (2, 5, 2, 16)],
+        _tables,
+    ),
+    "norm_rope": (norm_rope, [(2, 4, 5, 16), (2, 2, 5, 16), (16,), (16,)], _tables),
+    "cross_entropy": (cross_entropy, [(2, 5, 50)], lambda device: [_target(device)]),
+    "linear_cross_entropy": (_loss, [(2, 5, 32), (50, 32)], lambda device: [_target(device)]),
+}
+
+
+def _run(function, leaves, rest):
+    out = function(*leaves, *rest)
+    outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+    sum((o * torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape)).sum() for o in outputs).backward()
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return [o.detach() for o in outputs], grads
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(device, name, dynamic):
+    torch.compiler.reset()
+    function, shapes, make = CASES[name]
+    leaves, rest = [_leaf(*shape, device=device) for shape in shapes], make(device) if make else []
+    outputs, grads = _run(function, leaves, rest)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    found, found_grads = _run(compiled, leaves, rest)
+    for a, b in zip([*outputs, *grads], [*found, *found_grads], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+def test_float16_gradients_of_the_loss_stay_above_its_subnormals(device):
+    torch.compiler.reset()
+    x, weight = _leaf(2, 5, 32, dtype=torch.float16, device=device), _leaf(50, 32, dtype=torch.float16, device=device)
+    target = _target(device)
+    grads = []
+    for function in (_loss, torch.compile(_loss, backend="aot_eager", fullgraph=True)):
+        (function(x, weight, target) * 2.0**12).backward()
+        grads.append([x.grad.clone(), weight.grad.clone()])
+        x.grad = weight.grad = None
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all() and a.any()
+
+
+def _operator_calls(device):
+    ops = torch.ops.ligerfx
+    h, w = torch.randn(2, 5, 32, device=device), torch.randn(32, device=device)
+    rstd = torch.rand(10, device=device)
+    yield ops.rms_norm, (h.transpose(0, 1), w, 1e-6, 0.0, False)
+    yield ops.add_rms_norm, (h, h.clone(), w.to(torch.float16), 1e-6, 1.0, True)
+    for needs in ((True, True, True), (False, True, False), (True, False, True)):
+        yield ops.rms_norm_backward, (h.clone(), h.clone(), h, w, rstd, 0.0, False, *needs)
+        yield ops.glu_backward, (h.clone(), h, h.clone(), "silu", *needs)
+    packed = torch.randn(2, 5, 64, device=device)
+    yield ops.glu, (packed, None, "relu")
+    yield ops.glu_backward, (h, packed, None, "relu", True, False, True)
+    q, k = (torch.randn(2, 5, n, 16, device=device).transpose(1, 2) for n in (4, 2))
+    cos, sin = _tables(device)
+    half = torch.float16
+    yield ops.rope, (q, k, cos, sin, torch.float32, half, None, None, 1, False)
+    yield ops.rope, (q, k, cos, sin, None, half, None, [160, 80, 16, 1], 1, True)
+    norms = torch.randn(2, 16, device=device).unbind()
+    norm_rope_inputs = (q, k, *norms, cos, sin)
+    yield ops.norm_rope, (*norm_rope_inputs, 1e-6, 0.0, False, 1)
+    yield ops.norm_rope_backward, (*norm_rope_inputs, None, k.clone(), 1e-6, 0.0, False, 1, True)
+    logits, target = torch.randn(10, 50, device=device), _target(device).view(-1)
+    yield ops.cross_entropy, (logits, target, -100, 1.0, 0.0, None, 0.0)
+    yield ops.cross_entropy_backward, (logits, target, rstd, rstd + 1, rstd[0], -100, 1.0, 0.0, 3.0, 0.1)
+    options = ([-100, 1.0, 0.0, None, 0.0], True, 4096, torch.float32)
+    for dtype, bias in ((torch.float32, torch.randn(50, device=device)), (torch.float16, None)):
+        x, weight = h.to(dtype), torch.randn(50, 32, device=device).to(dtype)
+        yield ops.linear_cross_entropy, (x, weight, bias, target.view(2, 5), *options, True, True, bias is not None)
+
+
+def test_what_operators_say_of_their_results_holds(device):
+    for operator, args in _operator_calls(device):
+        torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -11,6 +11,7 @@ there is a `round` term. A cast that changes no value (fp32 to fp32, or an input
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -84,15 +85,42 @@ class Terms:
 
 
 def normal(expr: sympy.Expr) -> sympy.Expr:
-    """One form for algebraically equal expressions: multiplied out, floats rounded beyond fp32 resolution."""
+    """One form for algebraically equal expressions: multiplied out, floats rounded to what fp32 resolves."""
     expanded = decimal(sympy.expand(expr, power_base=False, power_exp=False, log=False))
-    return expanded.xreplace({f: number(float(f"{float(f):.9g}")) for f in expanded.atoms(sympy.Float)})
+    return expanded.xreplace({f: number(float(f"{float(f):.8g}")) for f in expanded.atoms(sympy.Float)})
+
+
+def power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+    """`base**exponent`; of a sum, its largest coefficient is taken out: `(8*m + 8*e)**-0.5` is
+    `8**-0.5 * (m + e)**-0.5`, whoever multiplied."""
+    whole = exponent.is_Integer and exponent.is_positive
+    base = decimal(sympy.expand(base, power_base=False, power_exp=False, log=False)) if base.is_Mul else base
+    if whole or not exponent.is_number or not (base.is_Add or base.is_Mul):
+        return base**exponent
+    factor, rest = content(base)
+    return number(float(factor) ** float(exponent)) * rest**exponent
+
+
+def product(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """`a * b`; of sums, the largest coefficient is taken out."""
+    (first, a), (second, b) = content(a), content(b)
+    return sympy.Mul(first * second, a, b)
+
+
+def content(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """The largest coefficient of a sum, and the sum without it."""
+    terms = [term for term in sympy.Add.make_args(expr) if not term.is_number] if expr.is_Add else []
+    factor = max((abs(term.as_coeff_Mul()[0]) for term in terms), default=sympy.Integer(1))
+    if factor in (0, 1) or not factor.is_real:
+        return sympy.Integer(1), expr
+    return factor, decimal(sympy.expand(expr / factor, power_base=False, power_exp=False, log=False))
 
 
 def decimal(expr: sympy.Expr) -> sympy.Expr:
-    """`expr` with every fraction as a float and every whole float as an integer: one spelling of constants."""
+    """`expr` with every fraction as a float and every whole float as an integer: one spelling of constants. The square
+    of a root of 8 is 8."""
     constants = {a for a in expr.atoms(sympy.Rational, sympy.Float) if not a.is_Integer}
-    return expr.xreplace({c: number(float(c)) for c in constants}) if constants else expr
+    return expr.xreplace({c: number(float(f"{float(c):.15g}")) for c in constants}) if constants else expr
 
 
 def number(value: float | int) -> sympy.Expr:
@@ -171,8 +199,18 @@ class Canonicalizer:
                 return expression(val)
             if not isinstance(val, torch.Tensor):
                 return self.leaf(value)
-            return self.widened(self.value(value), val.dtype, node.meta["val"].dtype)
+            expr = self.value(value)
+            if val.is_complex():
+                return self.parts(expr)
+            return self.widened(expr, val.dtype, node.meta["val"].dtype)
         return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def parts(self, expr: sympy.Expr) -> sympy.Expr:
+        """A complex value as arithmetic on real ones."""
+        if not expr.is_Symbol:
+            return expr
+        real, imaginary = (self.terms.symbol(part, (), (expr,), None) for part in ("real", "imag"))
+        return real + sympy.I * imaginary
 
     def widened(self, expr: sympy.Expr, source: torch.dtype, target: torch.dtype) -> sympy.Expr:
         """`expr`, computed in `source`, seen from arithmetic in `target`."""
@@ -238,16 +276,22 @@ def _rule(*names: str) -> Callable:
 
 
 def _pointwise(*names: str) -> Callable:
-    """Registers arithmetic on operand values. A call with keyword arguments or other operands is left opaque."""
+    """Registers arithmetic on operand values. A call with keyword arguments that the function does not have, or with
+    other operands, is left opaque."""
 
     def register(function: Callable) -> Callable:
+        takes = inspect.signature(function).parameters if inspect.isfunction(function) else ()
+
         def rule(c: Canonicalizer, node: Node, *args: Any, **kwargs: Any) -> sympy.Expr | None:
-            if any(v not in (None, False) for v in kwargs.values()):
+            kwargs = {name: value for name, value in kwargs.items() if value not in (None, False)}
+            if not set(kwargs) <= set(takes):
                 return None
             operands = [c.operand(node, a) for a in args]
-            if None in operands or not node.meta["val"].is_floating_point():
+            options = {name: c.operand(node, value) for name, value in kwargs.items()}
+            val = node.meta["val"]
+            if None in operands or None in options.values() or not (val.is_floating_point() or val.is_complex()):
                 return None
-            return decimal(function(*operands))
+            return decimal(function(*operands, **options))
 
         for name in names:
             _RULES[name] = rule
@@ -256,22 +300,25 @@ def _pointwise(*names: str) -> Callable:
     return register
 
 
-_pointwise("add")(lambda a, b: a + b)
-_pointwise("sub")(lambda a, b: a - b)
-_pointwise("mul", "multiply")(lambda a, b: a * b)
-_pointwise("truediv", "div", "divide", "true_divide")(lambda a, b: a / b)
+_pointwise("add")(lambda a, b, alpha=1: a + alpha * b)
+_pointwise("sub", "subtract")(lambda a, b, alpha=1: a - alpha * b)
+_pointwise("rsub")(lambda a, b, alpha=1: b - alpha * a)
+_pointwise("mul", "multiply")(product)
+_pointwise("truediv", "div", "divide", "true_divide")(lambda a, b: a * power(b, sympy.Integer(-1)))
 _pointwise("neg", "negative")(lambda a: -a)
-_pointwise("pow")(lambda a, b: a**b)
+_pointwise("pos", "positive")(lambda a: a)
+_pointwise("pow")(power)
 _pointwise("square")(lambda a: a**2)
-_pointwise("sqrt")(lambda a: a ** sympy.Float(0.5))
-_pointwise("rsqrt")(lambda a: a ** sympy.Float(-0.5))
-_pointwise("reciprocal")(lambda a: 1 / a)
+_pointwise("sqrt")(lambda a: power(a, sympy.Float(0.5)))
+_pointwise("rsqrt")(lambda a: power(a, sympy.Float(-0.5)))
+_pointwise("reciprocal")(lambda a: power(a, sympy.Integer(-1)))
 _pointwise("exp")(lambda a: sympy.exp(normal(a)))
 _pointwise("tanh")(lambda a: sympy.tanh(normal(a)))
-_pointwise("erf")(lambda a: sympy.erf(normal(a)))
+_pointwise("erf", "special_erf")(lambda a: sympy.erf(normal(a)))
+_pointwise("special_ndtr")(lambda a: (1 + sympy.erf(normal(a * number(math.sqrt(0.5))))) * number(0.5))
 _pointwise("cos")(sympy.cos)
 _pointwise("sin")(sympy.sin)
-_pointwise("sigmoid")(lambda a: 1 / (1 + sympy.exp(-a)))
+_pointwise("sigmoid", "special_expit")(lambda a: 1 / (1 + sympy.exp(-a)))
 _pointwise("silu")(lambda a: a / (1 + sympy.exp(-a)))
 _pointwise("relu")(lambda a: sympy.Max(a, 0))
 
@@ -290,7 +337,19 @@ def _cast(c: Canonicalizer, node: Node, x: Node, *args: Any, **kwargs: Any) -> s
     source, result = x.meta["val"], node.meta["val"]
     if source.device != result.device:
         return None
+    if _is_widened_activation(x, result.dtype):
+        return c.value(x)
     return c.cast(c.value(x), source.dtype, result.dtype, node)
+
+
+def _is_widened_activation(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a node is an activation of what was widened from the dtype: cast back, it is what the activation gives in
+    that dtype, which torch itself computes in fp32 and rounds."""
+    name = op_name(node)
+    if name not in ("gelu", "silu", "relu", "sigmoid", "tanh") or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    (x,) = node.all_input_nodes
+    return is_cast(x) and x.args[0].meta["val"].dtype == dtype
 
 
 @_rule("contiguous")
@@ -305,16 +364,54 @@ def _reduce(
     source, result = x.meta["val"], node.meta["val"]
     if not source.is_floating_point():
         return None
-    rank = source.ndim
-    dims = range(rank) if dim is None else (dim if isinstance(dim, (tuple, list)) else (dim,))
-    dims = tuple(sorted(d % rank - rank for d in dims))
+    dims = _dims(dim, source.ndim)
     value = c.widened(c.value(x), source.dtype, result.dtype)
-    out = c.term(node, "mean", (dims,), value)
+    added, rest = normal(value).as_coeff_Add()
+    factor, rest = rest.as_coeff_Mul()
+    if rest.is_number:  # of a constant
+        return value
+    out = c.term(node, "mean", (dims,), rest)
     if not keepdim:
         out = c.term(node, "squeeze", (dims,), out)
+    out = added + factor * out
     if op_name(node) == "sum":
-        return decimal(out * sympy.Mul(*(expression(source.shape[d]) for d in dims)))
-    return out
+        out = out * sympy.Mul(*(expression(source.shape[d]) for d in dims))
+    return decimal(out)
+
+
+@_rule("norm", "vector_norm", "linalg_norm", "linalg_vector_norm")
+def _norm(
+    c: Canonicalizer, node: Node, x: Node, p: Any = 2, dim: Any = None, keepdim: bool = False, *,
+    ord: Any = 2, out: Any = None, dtype: Any = None,
+) -> sympy.Expr | None:  # fmt: skip
+    """The root of a sum of squares."""
+    if op_name(node) != "norm" and p != 2:
+        ord = p  # torch.linalg calls it so
+    if {p, ord} - {2, "fro"} or out is not None or (op_name(node) == "linalg_norm" and dim is None):
+        return None
+    source, result = x.meta["val"], node.meta["val"]
+    if not source.is_floating_point():
+        return None
+    dims, value = _dims(dim, source.ndim), c.widened(c.value(x), source.dtype, result.dtype)
+    mean = c.term(node, "mean", (dims,), value**2)
+    size = sympy.Mul(*(expression(source.shape[d]) for d in dims))
+    root = power(decimal(mean * size), sympy.Float(0.5))
+    return root if keepdim else c.term(node, "squeeze", (dims,), root)
+
+
+@_rule("normalize")
+def _normalize(
+    c: Canonicalizer, node: Node, x: Node, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None
+) -> sympy.Expr | None:
+    """torch's own division by a length that is at least eps."""
+    length = _norm(c, x, x, p, dim, True, out=out)
+    return None if length is None else c.value(x) / c.term(node, "at_least", (eps,), length)
+
+
+def _dims(dim: Any, rank: int) -> tuple[int, ...]:
+    """Dimensions counted from the end, in order; None is all."""
+    dims = range(rank) if dim is None else (dim if isinstance(dim, (tuple, list)) else (dim,))
+    return tuple(sorted(d % rank - rank for d in dims))
 
 
 @_rule("rms_norm")
@@ -409,6 +506,8 @@ def _getitem(c: Canonicalizer, node: Node, x: Node, index: Any) -> sympy.Expr | 
     if not isinstance(source, torch.Tensor):
         return _piece(c, node, x, index)
     index = index if isinstance(index, tuple) else (index,)
+    if index[0] is Ellipsis and len(index) == 2 and type(index[1]) is int:
+        return _select(c, node, x, -1, index[1])
     if not all(i is None or i is Ellipsis or isinstance(i, slice) for i in index):
         return None
     if Ellipsis in index:
@@ -421,9 +520,13 @@ def _getitem(c: Canonicalizer, node: Node, x: Node, index: Any) -> sympy.Expr | 
         if item is None:
             inserted.append(position)
             continue
-        if item.step not in (None, 1):
-            return None
         size = source.shape[dim]
+        if item.step not in (None, 1):
+            if item.stop is not None or type(item.step) is not int:
+                return None
+            value = c.term(node, "strided", (dim - source.ndim, item.start or 0, item.step), value)
+            dim += 1
+            continue
         start, stop = _bound(item.start, size, 0), _bound(item.stop, size, size)
         value = _slice(c, node, value, size, dim - source.ndim, start, stop)
         dim += 1
@@ -434,6 +537,9 @@ def _getitem(c: Canonicalizer, node: Node, x: Node, index: Any) -> sympy.Expr | 
 
 def _piece(c: Canonicalizer, node: Node, pieces: Node, index: int) -> sympy.Expr | None:
     """Element `index` of what chunk, split or unbind gave."""
+    if op_name(pieces) == "unbind":
+        dim = pieces.kwargs.get("dim", pieces.args[1] if len(pieces.args) > 1 else 0)
+        return _select(c, node, pieces.args[0], dim, index)
     if op_name(pieces) not in ("chunk", "split"):
         return None
     source, outs = pieces.args[0], pieces.meta["val"]
@@ -442,6 +548,64 @@ def _piece(c: Canonicalizer, node: Node, pieces: Node, index: int) -> sympy.Expr
     dim = dim % x.ndim - x.ndim
     start = sum(outs[i].shape[dim] for i in range(index))
     return _slice(c, node, c.value(source), x.shape[dim], dim, start, start + outs[index].shape[dim])
+
+
+@_rule("select")
+def _select(c: Canonicalizer, node: Node, x: Node, dim: int, index: int) -> sympy.Expr:
+    """One index of a dimension. Where the last dimension was split into two, a part of what was split."""
+    rank = x.meta["val"].ndim
+    dim, source = dim % rank - rank, _before_split(x)
+    size = x.meta["val"].shape[dim]
+    if source is not None and dim == -1:
+        return c.term(node, "strided", (-1, index % size, size), c.value(source))
+    if source is not None and dim == -2:
+        width = x.meta["val"].shape[-1]
+        start = (index % size) * width
+        return _slice(c, node, c.value(source), source.meta["val"].shape[-1], -1, start, start + width)
+    return c.term(node, "select", (dim, index), c.value(x))
+
+
+def _before_split(x: Node) -> Node | None:
+    """What a view whose two last dimensions are one dimension of its source is made from."""
+    if _RULES.get(op_name(x) or "") is not _reshape or not isinstance(x.args[0], Node):
+        return None
+    shape, source = x.meta["val"].shape, x.args[0].meta["val"].shape
+    split = len(shape) == len(source) + 1 and all(isinstance(s, int) for s in (*shape[-2:], source[-1]))
+    same = split and list(map(expression, shape[:-2])) == list(map(expression, source[:-1]))
+    return x.args[0] if same else None
+
+
+@_rule("stack")
+def _stack(c: Canonicalizer, node: Node, tensors: Sequence[Node], dim: int = 0) -> sympy.Expr:
+    rank, dtype = node.meta["val"].ndim, node.meta["val"].dtype
+    values = [c.widened(c.value(t), t.meta["val"].dtype, dtype) for t in tensors]
+    return c.term(node, "stack", (dim % rank - rank,), *values)
+
+
+@_rule("repeat_interleave")
+def _repeat_interleave(c: Canonicalizer, node: Node, x: Node, repeats: Any, dim: Any = None, **_: Any) -> Any:
+    rank = x.meta["val"].ndim
+    if type(repeats) is not int or dim is None or dim % rank != rank - 1:
+        return None
+    return c.term(node, "interleave", (), *[c.value(x)] * repeats)
+
+
+@_rule("view_as_complex")
+def _view_as_complex(c: Canonicalizer, node: Node, x: Node) -> sympy.Expr:
+    term = c.terms.terms.get(c.value(x))
+    if term is not None and term.op == "stack" and term.attrs == (-1,):
+        real, imaginary = term.args
+    else:
+        real, imaginary = (_select(c, x, x, -1, index) for index in (0, 1))
+    return real + sympy.I * imaginary
+
+
+@_rule("view_as_real")
+def _view_as_real(c: Canonicalizer, node: Node, x: Node) -> sympy.Expr:
+    terms = sympy.Add.make_args(sympy.expand(c.parts(c.value(x))))
+    real = sympy.Add(*(t for t in terms if not t.has(sympy.I)))
+    imaginary = sympy.Add(*(t / sympy.I for t in terms if t.has(sympy.I)))
+    return c.term(node, "stack", (-1,), real, imaginary)
 
 
 @_rule("narrow")
@@ -478,6 +642,12 @@ def _reshape(c: Canonicalizer, node: Node, x: Node, *args: Any, **kwargs: Any) -
             return c.value(source)
     value = c.value(x)
     term = c.terms.terms.get(value)
+    before = tuple(expression(s) for s in x.meta["val"].shape)
+    if term is not None and term.op == "stack" and shape == (*before[:-2], before[-2] * before[-1]):
+        if term.attrs == (-1,):  # pairs, one after the other
+            return c.term(node, "interleave", (), *term.args)
+        if term.attrs == (-2,):
+            return c.term(node, "cat", (-1,), *term.args)
     return c.term(node, "reshape", (shape,), term.args[0] if term is not None and term.op == "reshape" else value)
 
 

@@ -152,7 +152,7 @@ def _equal(a: Any, b: Any) -> bool:
 def works_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     """Whether a torch call of this name and these keyword arguments changes a tensor that it is given."""
     by_name = name in ("setitem", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
-    return by_name or "out" in kwargs or bool(kwargs.get("inplace"))
+    return by_name or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
 def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...], methods: tuple[str, ...] = ()) -> bool:

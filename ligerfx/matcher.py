@@ -9,9 +9,9 @@ canonical value of the graph. Only what is proved is rewritten.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -23,6 +23,9 @@ from .errors import CaptureError
 from .pattern import Pattern, Variant, check_dimensions, split
 from .symbols import FakeInputs, expression
 from .tracer import Tracer
+
+if TYPE_CHECKING:
+    from .numerics import Verified
 
 NEARLY = 0.5
 """The share of a pattern that must have been recognised for a failure to be reported."""
@@ -42,6 +45,7 @@ class Match:
     outputs: list[Node]
     interior: set[Node]
     source: tuple[tuple[str, str], ...] = ()  # where the model computes this: (file:line, text), in order
+    verified: Verified | None = None  # how the replacement compared with the operations here, if it was asked
 
     @property
     def reach(self) -> set[str]:
@@ -135,27 +139,40 @@ class Matcher:
         self.views = [self.view, cut] if cut.inner else [self.view]
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
 
-    def find(self, patterns: list[Pattern]) -> tuple[list[Match], list[NearMiss]]:
-        """Matches that do not overlap, those that cover most first, and the best near miss at each other place."""
+    def find(
+        self, patterns: Sequence[Pattern], refuse: Callable[[Match], str | None] | None = None
+    ) -> tuple[list[Match], list[NearMiss]]:
+        """Matches that do not overlap, those of more benefit or that cover more first, and the best near miss at each
+        other place.
+
+        `refuse` is asked about each before it is chosen, and may say why it must not be; then others may match there.
+        """
         misses: dict[Node, _Unifier] = {}
+        refused: list[NearMiss] = []
         matches: list[Match] = []
         taken: set[Node] = set()
+        patterns = sorted(patterns, key=lambda pattern: -pattern.benefit)
         while True:
             candidates = self._candidates(patterns, taken, misses)
             before = len(matches)
-            for *_, match in sorted(candidates, key=lambda c: c[:3]):
-                if not match.interior & taken:
-                    matches.append(match)
-                    taken |= match.interior
+            for *_, match in sorted(candidates, key=lambda c: c[:-1]):
+                if match.interior & taken:
+                    continue
+                if refuse and (reason := refuse(match)):
+                    refused.append(NearMiss(match.pattern, match.outputs[0], reason, 1.0))
+                    self._looked_at = {k: None if m is match else m for k, m in self._looked_at.items()}
+                    continue
+                matches.append(match)
+                taken |= match.interior
             if len(matches) - before == len(candidates):
-                return matches, _best(misses, taken, self.view.values)
+                return matches, refused + _best(misses, taken, self.view.values)
 
     def _candidates(
-        self, patterns: list[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
-    ) -> list[tuple[int, int, int, Match]]:
+        self, patterns: Sequence[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
+    ) -> list[tuple[float, int, int, int, Match]]:
         """Matches that leave alone what is taken, each with its place in the order of preference. What lies inside
         one of them is not looked at again, unless that one is not chosen."""
-        candidates: list[tuple[int, int, int, Match]] = []
+        candidates: list[tuple[float, int, int, int, Match]] = []
         inside = set(taken)
         for rank, pattern in enumerate(patterns):
             outputs: set[Node] = set()
@@ -166,7 +183,7 @@ class Matcher:
                     self._looked_at[pattern, root] = self._match_at(pattern, root, misses)
                 match = self._looked_at[pattern, root]
                 if match is not None and not match.interior & taken:
-                    candidates.append((-len(match.interior), rank, -self.order[root], match))
+                    candidates.append((-pattern.benefit, -len(match.interior), rank, -self.order[root], match))
                     outputs |= set(match.outputs)
                     inside |= match.interior - set(match.outputs)
         return candidates
@@ -524,9 +541,11 @@ class _Unifier:
                 value = decimal(t / want_constant if p.is_Mul else t - want_constant)
             yield from self._counted(self.unify(want[0], value, bound))
             return
-        if t.func != func and not (p.is_Mul and len(want) == 1):
+        alone = p.is_Mul or want_constant in self.variant.kinds  # `x + eps` is x where eps is 0
+        if t.func != func and not (alone and len(want) == 1):
             self._fail(p, t)
             return
+        over = None
         if want_constant.is_number and not _close(want_constant, have_constant):
             # What is over may belong to a parameter: `silu(gate) * (2 * up)`.
             over = decimal(have_constant / want_constant if p.is_Mul else have_constant - want_constant)
@@ -538,8 +557,13 @@ class _Unifier:
                 lambda: f"{want_constant}: expected a constant, found none in {self._found(t)}",
             )
             return
+        found = False
         for more in self._unify_number(want_constant, have_constant, bound):
-            yield from self._counted(self._assign(want, have, func, more))
+            for bindings in self._counted(self._assign(want, have, func, more)):
+                found = True
+                yield bindings
+        if over is not None and not found and any(self._assign(want, have[1:], func, bound)):
+            self.note(0.99, lambda: f"found {self._found(over)} besides")
 
     def _ops(self, values: list, terms: Terms) -> set[str]:
         return {terms.terms[v].op for v in values if v in terms.terms}
@@ -579,7 +603,7 @@ class _Unifier:
 def describe(expr: sympy.Expr, terms: Terms) -> str:
     """A value as readable text."""
     names = {s: sympy.Symbol(_term_text(terms.terms[s], terms)) for s in expr.free_symbols if s in terms.terms}
-    text = str(expr.xreplace(names))
+    text = sympy.sstr(expr.xreplace(names), full_prec=False)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
@@ -604,7 +628,7 @@ def _attribute(value: Any) -> str:
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
     if not (a.is_number and b.is_number):
         return a == b
-    return a == b or abs(float(a) - float(b)) <= 1e-8 * max(abs(float(a)), abs(float(b)))
+    return a == b or abs(complex(a) - complex(b)) <= 1e-7 * max(abs(complex(a)), abs(complex(b)))
 
 
 def _python_constant(value: sympy.Expr, kind: str) -> Any:

@@ -64,42 +64,46 @@ class Session:
     """What the modules of one optimised model share: the patterns, and programs that twins may take over."""
 
     patterns: list[Pattern]
+    refuse: Callable[[Match], str | None] | None = None  # asked about each match; says why it must not be rewritten
     programs: dict[tuple, list[Program]] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
-    def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
-        """Matches a capture and rewrites a copy of it. One that cannot be guarded, searched or rewritten gets an
-        error, and its module runs its original forward.
+    def compile(self, capture: Capture, fakes: FakeInputs, limit: int | None = None) -> Program:
+        """Matches a capture and rewrites a copy of it, in the first `limit` places. One that cannot be guarded,
+        searched or rewritten gets an error, and its module runs its original forward.
 
         Raises:
             PatternError: one of the patterns is not usable.
         """
         try:
             if not capture.error:
-                return self._compile(capture, fakes)
+                return self._compile(capture, fakes, limit)
         except PatternError:
             raise
         except Exception as error:  # a model that runs must not fail because of a rewrite
             capture.error = describe_error(error)
         return Program(capture, lambda module, leaves: True)
 
-    def _compile(self, capture: Capture, fakes: FakeInputs) -> Program:
+    def _compile(self, capture: Capture, fakes: FakeInputs, limit: int | None) -> Program:
         found = self._match(dissolved(capture, candidates := scopes(capture)), fakes)
         chosen = straddled([match.reach for match in found[1]], candidates)
         if chosen:
             with contextlib.suppress(CaptureError):  # which says that the callers' sizes do not tell those inside
                 if len(chosen) < len(candidates):
                     found = self._match(dissolved(capture, chosen), fakes)
-                return self._rewritten(*found, chosen)
+                return self._rewritten(*found, chosen, limit)
         if candidates:
             found = self._match(dissolved(capture), fakes)
-        return self._rewritten(*found, set())
+        return self._rewritten(*found, set(), limit)
 
     def _match(self, capture: Capture, fakes: FakeInputs) -> tuple[Capture, list[Match], list[NearMiss]]:
         with fakes.shape_env.suppress_guards():  # what a pattern asks about sizes, its replacement asks again
-            return capture, *Matcher(capture.graph, fakes).find(self.patterns)
+            return capture, *Matcher(capture.graph, fakes).find(self.patterns, self.refuse)
 
-    def _rewritten(self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str]) -> Program:
+    def _rewritten(
+        self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str], limit: int | None
+    ) -> Program:
+        matches = matches[:limit]
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
         guard = _guard(capture, bool(chosen))
@@ -122,7 +126,7 @@ class Session:
         return program
 
     def __deepcopy__(self, memo: dict) -> Session:
-        return Session(self.patterns)
+        return Session(self.patterns, self.refuse)
 
 
 class OptimizedModule(GraphModule):

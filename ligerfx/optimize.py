@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .capture import Capture, structure
 from .clone import clone_tree
@@ -23,17 +24,22 @@ from .module import (
     warn_of_full_logits,
 )
 from .pattern import Pattern
-from .report import Report
+from .registry import patterns_for
+from .report import Report, inside_callers
 from .sharded import data_parallel_wrapper
 from .tracer import Tracer
+from .verify import Verifier
 
 
 def optimize(
     model: nn.Module,
     example_inputs: dict[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     *,
-    patterns: Sequence[Pattern] | None = None,
+    patterns: Sequence[Pattern] = (),
+    defaults: bool = True,
     low_memory: bool = False,
+    verify: bool = False,
+    max_rewrites: int | None = None,
 ) -> OptimizedModule:
     """A copy of `model` whose RMSNorm, GLU, RoPE and logits-plus-loss run as fused Triton kernels.
 
@@ -45,16 +51,25 @@ def optimize(
         example_inputs: one call of the model: a dict of keyword arguments, a sequence of positional ones, or a
             tensor. Only shapes, dtypes and devices matter; other batch and sequence sizes work afterwards.
             Default: token ids, attention mask and labels made from `model.config`.
-        patterns: what to look for, in order; default `ligerfx.patterns.default_patterns(low_memory)`.
+        patterns: what to look for besides, and first; see `ligerfx.pattern`. Each is checked once.
+        defaults: whether to look for the registered patterns (`ligerfx.register`) and those of the library
+            (`ligerfx.patterns.default_patterns`); with False, for nothing but `patterns`.
         low_memory: whether act(gate) * up, which only the down projection reads, is written again by the backward's
             kernel instead of being kept (one activation of the intermediate size a layer, for one write of it), and
             the loss works on smaller chunks. The results are equally exact. Without effect on `patterns`.
+        verify: whether to run each distinct rewrite, now and in later captures, on random inputs with the shapes,
+            dtypes and device of its place, against the operations that it replaces, forward and gradients. The
+            differences are in `report.rewrites`; what differs by more than rounding explains is not rewritten, and is
+            in `report.near_misses`.
+        max_rewrites: how many rewrites are applied, in the order of `report.rewrites`; calls unlike `example_inputs`
+            then run as in the original. For finding the one that does harm, as `ligerfx.bisect` does.
 
     Returns:
         A `torch.fx.GraphModule` that is also an instance of the model's class, with a `report`.
 
     Raises:
         OptimizeError: `model` is not a module, the inputs do not fit it, or its forward fails on them.
+        PatternError: one of `patterns` cannot be matched, or its replacement does not compute what its function does.
 
     Example:
         >>> import torch, ligerfx
@@ -67,19 +82,15 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise OptimizeError(f"optimize expects a torch.nn.Module, not {type(model).__name__}: pass the model itself")
-    if patterns is None:
-        from .patterns import default_patterns
-
-        patterns = default_patterns(low_memory)
-    for pattern in patterns:
-        if not isinstance(pattern, Pattern):
-            raise OptimizeError(f"patterns must hold ligerfx patterns, not {pattern!r}: decorate with @ligerfx.pattern")
     if wrapper := data_parallel_wrapper(model):
         raise OptimizeError(
             f"the model has been wrapped by {wrapper}, which is bound to these very modules: call ligerfx.optimize "
             "first, and wrap the model that it returns"
         )
+    if max_rewrites is not None and max_rewrites < 0:
+        raise OptimizeError(f"max_rewrites must not be negative, got {max_rewrites}")
     args, kwargs = normalized_inputs(model, example_inputs)
+    searched = patterns_for(patterns, defaults, low_memory, _device(args, kwargs))
     tracer = Tracer(model, original_class=original_class)
     capture = tracer.trace(args, kwargs)
     if capture.error is not None:
@@ -87,14 +98,22 @@ def optimize(
     replaced = _replaced(model)
     if "" in replaced:
         capture.error = replaced[""]
-    session = Session(list(patterns))
+    session = Session(searched, Verifier().refuse if verify else None)
     programs = _compile(capture, session, tracer)
+    if max_rewrites is not None:
+        programs = _limited(capture, session, tracer, programs, max_rewrites)
     result = _assemble(model, session, programs)
     opaque = replaced | {path: sub.error for path, sub in capture.subtree() if sub.error}
     report = Report.of(result, opaque, programs)
     result.__dict__["report"] = report
     _warn_of_what_stays(report, replaced)
     return result
+
+
+def _device(args: tuple, kwargs: dict[str, Any]) -> torch.device:
+    """Where the model's inputs are."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _check_that_it_runs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -151,6 +170,26 @@ def _compile(capture: Capture, session: Session, tracer: Tracer) -> dict[str, Pr
             made[id(sub)] = session.compile(sub, tracer.fakes)
         programs.setdefault(path, made[id(sub)])
     return programs
+
+
+def _limited(
+    capture: Capture, session: Session, tracer: Tracer, programs: dict[str, Program], left: int
+) -> dict[str, Program]:
+    """The programs again, with no more than so many rewrites in all. Modules that are dissolved into their callers
+    have theirs there; calls that have no program yet get none."""
+    elsewhere = inside_callers(programs)
+    limited: dict[str, Program] = {}
+    made: dict[tuple[int, int], Program] = {}
+    for path, sub in capture.subtree():
+        if path in limited:
+            continue
+        applied = 0 if path in elsewhere else min(left, len(programs[path].matches))
+        if (id(sub), applied) not in made:
+            made[id(sub), applied] = session.compile(sub, tracer.fakes, applied)
+        limited[path] = made[id(sub), applied]
+        left -= applied
+    session.patterns = []
+    return limited
 
 
 def _assemble(model: nn.Module, session: Session, programs: dict[str, Program]) -> OptimizedModule:

@@ -8,9 +8,9 @@
 
 One function is what is searched for, the reference, and the proof of every match. Positional parameters are
 tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "2I" for
-twice the size I, "int" first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters
-are constants that the match captures. A parameter with default None is optional: the idiom is searched for with it
-and without.
+twice the size I, "int" or "complex" first for a tensor of such numbers), and equal names must be equal sizes.
+Keyword-only parameters are constants that the match captures. A parameter with default None is optional: the idiom is
+searched for with it and without.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from .errors import PatternError
 from .source import describe_error
 from .tracer import Tracer
 
+KINDS = {"int": torch.int64, "complex": torch.complex64}
+"""What a dimension string may begin with, where the tensor is not of floating-point numbers."""
+
 _EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
 
 
@@ -43,6 +46,8 @@ class Pattern:
     when: Callable[..., str | None] | None = None
     forks: str | None = None
     early: dict[str, Callable] = field(default_factory=dict)
+    benefit: float = 0
+    example: dict[str, Any] = field(default_factory=dict)  # dimension or constant -> a value that suits the pattern
     tensors: dict[str, str | None] = field(default_factory=dict)  # name -> dimensions
     constants: dict[str, str] = field(default_factory=dict)  # name -> type name
     optional: frozenset[str] = frozenset()
@@ -58,6 +63,19 @@ class Pattern:
         present = [dict(zip(sorted(self.optional), choice, strict=True)) for choice in choices]
         return [_variant(self, {n for n, there in p.items() if not there}) for p in present]
 
+    @property
+    def targets(self) -> tuple[Callable, ...]:
+        """What replaces the idiom: one function, or one for each output."""
+        return (self.replace,) if callable(self.replace) else self.replace
+
+    def example_constant(self, name: str) -> Any:
+        """A value for a constant, while there is no match to take it from."""
+        return self.example.get(name, _EXAMPLES[self.constants[name]])
+
+    def example_sizes(self) -> dict[str, int]:
+        """The sizes of dimensions that the pattern itself gives."""
+        return {name: value for name, value in self.example.items() if name not in self.constants}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Computes the idiom in plain PyTorch."""
         return self.function(*args, **kwargs)
@@ -72,6 +90,20 @@ class Inputs:
 
     def __init__(self, *names: str) -> None:
         object.__setattr__(self, "names", names)
+
+
+def bound_arguments(target: Callable, given: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """The function behind a replacement, without what `functools.partial` fixes, and the arguments that it gets: those
+    that were fixed, and of those given the ones that it has a parameter for (all, if it takes **kwargs)."""
+    fixed: dict[str, Any] = {}
+    if isinstance(target, functools.partial):
+        fixed, target = dict(target.keywords), target.func
+        for name, value in fixed.items():
+            if isinstance(value, Inputs):
+                fixed[name] = tuple(given[n] for n in value.names)
+    parameters = inspect.signature(target).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return target, {name: v for name, v in (given | fixed).items() if name in parameters or takes_all}
 
 
 @dataclass(eq=False)
@@ -158,6 +190,8 @@ def pattern(
     when: Callable[..., str | None] | None = None,
     forks: str | None = None,
     early: dict[str, Callable] | None = None,
+    benefit: float = 0,
+    example: dict[str, Any] | None = None,
 ) -> Callable[[Callable], Pattern]:
     """Turns a plain PyTorch function into a pattern.
 
@@ -171,9 +205,23 @@ def pattern(
             later (a residual addition) takes it from there, so that the kernel's backward can add both gradients.
         early: further arguments of `replace`, each made by a function of some inputs and constants, by name. Where
             these follow from the module's own inputs, it is called at the start of the forward.
+        benefit: where matches overlap, the one of the pattern with the larger benefit is taken; between equals the
+            one that covers more, then the one whose pattern is listed first.
+        example: sizes of dimensions and values of constants, by name, with which the function runs and `when`
+            agrees: for tracing it, and for the check when it is registered. Default: small even sizes.
 
     Raises:
         PatternError: the function's signature is not that of a pattern.
+
+    Example:
+        >>> import torch, ligerfx
+        >>> def lean(x, cap):
+        ...     return torch.tanh(x / cap) * cap
+        >>> @ligerfx.pattern(replace=lean)
+        ... def soft_cap(x: "... V", *, cap: float):
+        ...     return cap * torch.tanh(x / cap)
+        >>> soft_cap.name, soft_cap.tensors, soft_cap.constants
+        ('soft_cap', {'x': '... V'}, {'cap': 'float'})
     """
 
     def decorate(function: Callable) -> Pattern:
@@ -204,14 +252,26 @@ def pattern(
             raise PatternError(
                 f"{function.__name__}: forks={forks!r} must name a tensor parameter, and `replace` be one function"
             )
-        targets = replace if callable(replace) else tuple(replace)
+        for target in (replace,) if callable(replace) else replace:
+            try:
+                inspect.signature(target)
+            except ValueError as error:
+                raise PatternError(
+                    f"{function.__name__}: {target!r} does not tell its parameters: replace by a Python function that "
+                    "calls it"
+                ) from error
+        known = {dim for dims in tensors.values() for dim in names_in(dims or "")} | set(constants)
+        if unknown := set(example or {}) - known:
+            raise PatternError(f"{function.__name__}: example names {sorted(unknown)}, which no annotation does")
         return Pattern(
             function,
-            targets,
+            replace if callable(replace) else tuple(replace),
             (function.__name__,) if idioms is None else tuple(idioms),
             when,
             forks,
             early or {},
+            benefit,
+            example or {},
             tensors,
             constants,
             frozenset(optional),
@@ -221,7 +281,7 @@ def pattern(
 
 
 def _variant(pattern: Pattern, absent: set[str]) -> Variant:
-    sizes: dict[str, int] = {}
+    sizes = pattern.example_sizes()
     arguments: dict[str, Any] = {}
     parameters: dict[str, sympy.Symbol] = {}
     for name, dims in pattern.tensors.items():
@@ -231,12 +291,12 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
         shape, dtype = example(dims or "...", sizes)
         arguments[name] = torch.empty(shape, dtype=dtype, device="meta")  # cheaper than a fake
         parameters[name] = sympy.Symbol(name, real=True)
-    for name, kind in pattern.constants.items():
+    for name in pattern.constants:
         if name in absent:
             arguments[name] = None
             continue
         parameters[name] = sympy.Symbol(name, real=True)
-        arguments[name] = constant(parameters[name], _EXAMPLES[kind])
+        arguments[name] = constant(parameters[name], pattern.example_constant(name))
     try:
         graph = Tracer().trace_function(pattern.function, arguments, meta=True)
     except Exception as error:
@@ -252,23 +312,31 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
     return Variant(pattern, terms, parameters, outputs, frozenset(absent))
 
 
-def example(dims: str, sizes: dict[str, int]) -> tuple[list[int], torch.dtype]:
+def example(
+    dims: str, sizes: dict[str, int], leading: Sequence[int] = (2, 6), largest: int = 40
+) -> tuple[list[int], torch.dtype]:
     """A shape and dtype for a dimension string; each name gets an even size of its own, later ones smaller."""
     shape: list[int] = []
     dtype = torch.float32
     for dim in dims.split():
-        if dim == "int":
-            dtype = torch.int64
+        if dim in KINDS:
+            dtype = KINDS[dim]
         elif dim == "...":
-            shape += [2, 6]
+            shape += leading
         elif dim == "*":
             shape.append(1)
         elif dim.isdigit():
             shape.append(int(dim))
         else:
             factor, name = _factor(dim)
-            shape.append(factor * sizes.setdefault(name, 40 - 4 * len(sizes)))
+            smaller = 4 if largest >= 40 else 2
+            shape.append(factor * sizes.setdefault(name, max(2, largest - smaller * len(sizes))))
     return shape, dtype
+
+
+def names_in(dims: str) -> set[str]:
+    """The names of dimensions in a dimension string."""
+    return {_factor(d)[1] for d in dims.split() if d not in (*KINDS, "...", "*") and not d.isdigit()}
 
 
 def _factor(dim: str) -> tuple[int, str]:
@@ -281,7 +349,7 @@ def check_dimensions(pattern: Pattern, tensors: dict[str, torch.Tensor]) -> str 
     """None where the shapes of the tensors agree with the pattern's annotations, else what does not."""
     sizes: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        dims = [d for d in (pattern.tensors[name] or "...").split() if d != "int"]
+        dims = [d for d in (pattern.tensors[name] or "...").split() if d not in KINDS]
         shape = list(tensor.shape)
         if "..." in dims:
             at = dims.index("...")

@@ -21,6 +21,7 @@ from .symbols import expression
 if TYPE_CHECKING:
     from .matcher import Match
     from .module import OptimizedModule, Program
+    from .numerics import Verified
 
 _TITLES = {
     "rms_norm": "RMSNorm",
@@ -40,6 +41,7 @@ class Rewrite:
     idioms: tuple[str, ...]
     source: tuple[tuple[str, str], ...]  # the replaced lines: (file:line, text)
     bytes_saved: int  # a token: intermediate results that are no longer written
+    verified: Verified | None = None  # with `optimize(verify=True)`: how far it is from the original
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,10 @@ class Report:
 
     @staticmethod
     def of(model: OptimizedModule, opaque: dict[str, str], programs: dict[str, Program]) -> Report:
-        # A module whose calls were dissolved into its caller runs there.
-        elsewhere = {join(path, inner) for path, program in programs.items() for inner in program.dissolved}
+        elsewhere = inside_callers(programs)
         programs = {path: program for path, program in programs.items() if path not in elsewhere}
         rewrites = [
-            Rewrite(m.pattern.name, path, m.pattern.idioms, m.source, bytes_saved(m))
+            Rewrite(m.pattern.name, path, m.pattern.idioms, m.source, bytes_saved(m), m.verified)
             for path, program in programs.items()
             for m in program.matches
         ]
@@ -102,19 +103,16 @@ class Report:
     def __rich__(self) -> Group:
         parts: list = [Text(f"{self.model}: {self.summary}", style="bold")]
         if self.rewrites:
-            table = Table(
-                "pattern",
-                "sites",
-                "modules",
-                "replaces",
-                "saved / token",
-                title="rewrites",
-                title_justify="left",
-            )
+            columns = ["pattern", "sites", "modules", "replaces", "saved / token"]
+            verified = any(rewrite.verified for rewrite in self.rewrites)
+            columns += ["difference"] * verified
+            table = Table(*columns, title="rewrites", title_justify="left")
             for pattern, sites in _grouped(self.rewrites):
                 lines = {source: None for site in sites for source, _ in site.source}
                 saved = sum(site.bytes_saved for site in sites)
-                table.add_row(pattern, str(len(sites)), _folded(s.module for s in sites), _span(lines), f"{saved:,} B")
+                cells = [pattern, str(len(sites)), _folded(s.module for s in sites), _span(lines), f"{saved:,} B"]
+                cells += [_differences(sites)] * verified
+                table.add_row(*cells)
             parts.append(table)
         if self.near_misses:
             table = Table("pattern", "modules", "at", "why not", title="near misses", title_justify="left")
@@ -140,6 +138,11 @@ class Report:
         return console.file.getvalue().rstrip()
 
 
+def inside_callers(programs: dict[str, Program]) -> set[str]:
+    """The modules whose calls were dissolved into their callers, and run there."""
+    return {join(path, inner) for path, program in programs.items() for inner in program.dissolved}
+
+
 def bytes_saved(match: Match) -> int:
     """Bytes a token of the intermediate results inside a match."""
     total = sympy.Integer(0)
@@ -155,6 +158,16 @@ def _grouped(rewrites: list[Rewrite]) -> Iterator[tuple[str, list[Rewrite]]]:
     for rewrite in rewrites:
         groups.setdefault(rewrite.pattern, []).append(rewrite)
     yield from groups.items()
+
+
+def _differences(sites: list[Rewrite]) -> str:
+    """The largest differences that were found, as a share of the largest value."""
+    found = [site.verified for site in sites if site.verified]
+    lines = list(dict.fromkeys(v.problem for v in found if v.problem))
+    for name in ("forward", "gradient"):
+        values = [value for v in found if (value := getattr(v, name)) is not None]
+        lines += [f"{name} {max(values):.1e}"] if values else []
+    return "\n".join(lines)
 
 
 def _folded(modules) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from .deferred import deferred_logits
 from .leaves import is_mask_function
 from .masks import skippable
 from .matcher import Match, mutates
-from .pattern import Inputs
+from .pattern import bound_arguments
 
 
 def rewrite(graph: Graph, matches: list[Match]) -> bool:
@@ -130,20 +129,15 @@ def _replace(graph: Graph, match: Match) -> tuple[Node, dict[Node, Node]]:
 
 
 def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:
-    fixed: dict[str, Any] = {}
-    if isinstance(target, functools.partial):
-        fixed, target = dict(target.keywords), target.func
-        for name, value in fixed.items():
-            if isinstance(value, Inputs):
-                fixed[name] = tuple(match.inputs[i] for i in value.names)
-    parameters = inspect.signature(target).parameters
-    arguments = {**match.inputs, **match.constants, **fixed}
+    given = {**match.inputs, **match.constants}
+    target, arguments = bound_arguments(target, given)
     for name, function in match.pattern.early.items():
         inputs = [node for n, node in match.inputs.items() if n in inspect.signature(function).parameters]
-        start = _moved_to_the_start(graph, inputs) if name in parameters else None
+        wanted = name in inspect.signature(target).parameters
+        start = _moved_to_the_start(graph, inputs) if wanted else None
         if start is not None:
             with graph.inserting_before(start):
-                arguments[name] = _made(graph, function, arguments)
+                arguments[name] = _made(graph, *bound_arguments(function, given))
     call = _made(graph, target, arguments)
     call.meta.update(
         pattern=match.pattern.name,
@@ -154,7 +148,7 @@ def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:
 
 
 def _made(graph: Graph, target: Callable, arguments: dict[str, Any]) -> Node:
-    """A call with those of the arguments that the function has and that are not its defaults."""
+    """A call of the function with those arguments that are not its defaults."""
     parameters = inspect.signature(target).parameters
     args, kwargs = [], {}
     for name, parameter in parameters.items():
@@ -165,6 +159,7 @@ def _made(graph: Graph, target: Callable, arguments: dict[str, Any]) -> Node:
             args.append(arguments[name])
         else:
             kwargs[name] = arguments[name]
+    kwargs |= {name: value for name, value in arguments.items() if name not in parameters}  # its **kwargs
     return graph.call_function(target, tuple(args), kwargs)
 
 

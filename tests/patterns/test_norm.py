@@ -375,8 +375,8 @@ NEVER = {
     ),
     "no square": (with_variance(lambda x: x.abs().mean(-1, True)), "expected x**2, found abs"),
     "a cube": (with_variance(lambda x: x.pow(3).mean(-1, True)), "expected 2, found 3"),
-    "sum for mean": (with_variance(lambda x: x.pow(2).sum(-1, True)), f"found {H}*mean(x**2, (-1))"),
-    "unbiased mean": (with_variance(lambda x: x.pow(2).sum(-1, True) / (H - 1)), "*mean(x**2, (-1))"),
+    "sum for mean": (with_variance(lambda x: x.pow(2).sum(-1, True)), "found 0.35355339"),
+    "unbiased mean": (with_variance(lambda x: x.pow(2).sum(-1, True) / (H - 1)), "found 0.93541434"),
     "fourth root": (with_variance(lambda x: x.pow(2).mean(-1, True), lambda v: v**-0.25), "found -0.25"),
     "layer norm": (layer_norm, "expected mean(x**2, (-1)), found var"),
     "variance of a half": (

@@ -180,6 +180,31 @@ def test_in_the_interpreter(optimise, assert_same, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+def test_normalised_with_one_plus_the_weight_then_rotated(optimise, transposed):
+    """The kind of norm reaches the kernel in both layouts."""
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_weight, self.k_weight = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+
+        def norm(self, x, weight):
+            h = x.float()
+            h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+            return (h * (1.0 + weight.float())).type_as(x)
+
+        def forward(self, q, k, cos, sin):
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            q, k = self.norm(q, self.q_weight), self.norm(k, self.k_weight)
+            if transposed:
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+            return standard(q, cos, sin), standard(k, cos, sin)
+
+    inputs = call(dim=2 if transposed else 1)
+    optimise(Normed(), inputs, ["rms_norm_one_plus_weight_rotary"], rtol=1e-6)
+
+
 # -- what must not match -------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -42,6 +42,7 @@ class Match:
     outputs: list[Node]
     interior: set[Node]
     source: tuple[tuple[str, str], ...] = ()  # where the model computes this: (file:line, text), in order
+    calls: list[Node] = field(default_factory=list)  # what took its place, once it is rewritten
 
     @property
     def reach(self) -> set[str]:

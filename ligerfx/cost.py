@@ -6,7 +6,7 @@ Nothing is measured here. Figures are bytes for one token: sizes that come from 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import sympy
 import torch
@@ -47,6 +47,12 @@ class Cost:
     kept: int = 0
     moved_before: int = 0
     moved_after: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, tokens: int) -> Cost:
+        return Cost(*(value * tokens for value in astuple(self)))
 
 
 def cost(match: Match) -> Cost:

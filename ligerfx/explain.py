@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,19 +94,13 @@ class Explanation:
         return explanation_html(self)
 
 
-def explain(
-    model: nn.Module,
-    module: str = "",
-    *,
-    example_inputs: Any = None,
-    patterns: Sequence[Pattern] | None = None,
-) -> Explanation:
+def explain(model: nn.Module, module: str = "", example_inputs: Any = None, **options: Any) -> Explanation:
     """Why a module of a model was rewritten or not, and what to write so that it is.
 
     Args:
         model: what `optimize` returned; or any model, which is then optimised here, without being changed.
         module: path of a module in it, as "model.layers.0.mlp"; "" is the model itself.
-        example_inputs, patterns: as for `optimize`, for a model that has not been optimised.
+        example_inputs, options: as for `optimize`, for a model that has not been optimised.
 
     Raises:
         LigerfxError: there is no such module, or `model` is a part of an optimised model.
@@ -124,7 +118,7 @@ def explain(
         >>> explanation.missed[0].miss.reason
         'mean: expected (-1), found (-2)'
     """
-    gm = model if isinstance(model, OptimizedModule) else optimize(model, example_inputs, patterns=patterns)
+    gm = model if isinstance(model, OptimizedModule) else optimize(model, example_inputs, **options)
     if "report" not in vars(gm):
         raise LigerfxError("this is a part of an optimised model: pass the whole, and the path of this module in it")
     report: Report = gm.report

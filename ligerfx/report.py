@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Rewrite:
         calls: names of the calls in the module's code.
         replaced: names of what they replaced in the code before.
         cost: what the replaced code cost, a token.
-        verified: what replaying it on random inputs gave, where `optimize` was asked to.
+        verified: how far it is from the original on random inputs, where `optimize` was asked to compare them.
     """
 
     pattern: str
@@ -63,7 +63,7 @@ class Rewrite:
     calls: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     cost: Cost = Cost()
-    verified: dict | None = field(default=None, hash=False)
+    verified: Any = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,27 @@ class Report:
         """One line: "65/65 RMSNorm, 32/32 RoPE, ..."."""
         return ", ".join(f"{n}/{total} {title}" for title, n, total in self.counts) or "nothing rewritten"
 
+    @property
+    def cost(self) -> Cost:
+        """What all replaced code together cost for a token; `report.cost * tokens` for a batch.
+
+        Example:
+            >>> import torch, ligerfx
+            >>> class Gate(torch.nn.Module):
+            ...     def forward(self, gate, up):
+            ...         return torch.nn.functional.silu(gate) * up
+            >>> report = ligerfx.optimize(Gate(), (torch.zeros(2, 5, 64), torch.zeros(2, 5, 64))).report
+            >>> report.cost.moved_before, report.cost.moved_after  # five rows of 64 float32 numbers, and three
+            (1280, 768)
+        """
+        return sum((rewrite.cost for rewrite in self.rewrites), Cost())
+
     def __rich__(self) -> Group:
         parts: list = [Text(f"{self.model}: {self.summary}", style="bold")]
         if self.rewrites:
             verified = any(rewrite.verified for rewrite in self.rewrites)
             columns = ["pattern", "sites", "modules", "replaces", "saved / token", *(["verified"] if verified else [])]
-            table = Table(*columns, title="rewrites", title_justify="left")
+            table = _table("rewrites", *columns)
             for pattern, sites in _grouped(self.rewrites):
                 lines = {source: None for site in sites for source, _ in site.source}
                 saved = sum(site.bytes_saved for site in sites)
@@ -191,7 +206,7 @@ class Report:
                 table.add_row(*row)
             parts.append(table)
         if self.near_misses:
-            table = Table("pattern", "modules", "at", "why not", title="near misses", title_justify="left")
+            table = _table("near misses", "pattern", "modules", "at", "why not")
             groups: dict[tuple, list[str]] = {}
             for miss in self.near_misses:
                 groups.setdefault((miss.pattern, miss.source, miss.reason), []).append(miss.module)
@@ -199,7 +214,7 @@ class Report:
                 table.add_row(pattern, folded_paths(modules), Text(source), _coloured(reason))
             parts.append(table)
         if self.opaque:
-            table = Table("module", "why it stays as it is", title="opaque modules", title_justify="left")
+            table = _table("opaque modules", "module", "why it stays as it is")
             groups = {}
             for path, reason in self.opaque.items():
                 groups.setdefault((reason,), []).append(path)
@@ -275,9 +290,17 @@ def _details(match: Match, sizes: SizeNames) -> dict[str, Any]:
 
 
 def verified_text(rewrite: Rewrite) -> str:
-    """The errors of a rewrite that was replayed, on one line."""
-    errors = rewrite.verified or {}
-    return ", ".join(f"{k} {v:.1e}" if isinstance(v, float) else f"{k} {v}" for k, v in errors.items())
+    """The differences of a rewrite that was compared with the original, on one line."""
+    found = asdict(rewrite.verified) if is_dataclass(rewrite.verified) else rewrite.verified or {}
+    told = {name: value for name, value in found.items() if value not in (None, "")}
+    return ", ".join(f"{name} {value:.1e}" if isinstance(value, float) else str(value) for name, value in told.items())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # names that are cut are no names
+    return table
 
 
 def _coloured(reason: str) -> Text:

@@ -71,7 +71,7 @@ _OTHERWISE = "Write {source} as {pattern} has it, or write a pattern of your own
 def advice(miss: Miss) -> str:
     """What to change in the model at a near miss, and that it changes what the model computes where it does.
 
-    Example:
+    Examples:
         >>> from ligerfx.report import Miss
         >>> advice(Miss("silu_glu", "mlp", ("glu",), "model.py:7", "`silu` has a second user, `mean` at model.py:8"))
         'Compute `silu` again for model.py:8: a fused call does not give it out.'

@@ -12,7 +12,7 @@ from .listing import Line, listing
 from .module import OptimizedModule
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
     """A unified diff. Prints as text, and shows coloured in a notebook."""
 
@@ -20,6 +20,8 @@ class Diff:
 
     def __str__(self) -> str:
         return self.text
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from .html import diff_html
@@ -41,7 +43,7 @@ def diff(model: nn.Module, module: str | None = None, *, context: int = 3) -> Di
     Raises:
         LigerfxError: the model, or the module, has no captured code.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> print(ligerfx.diff(ligerfx.optimize(torch.nn.Sequential(torch.nn.RMSNorm(64)), torch.randn(2, 64)), "0"))
         --- 0 (captured)

@@ -19,33 +19,41 @@ from .symbols import SizeNames
 _LETTER, _LINE, _PADDING = 7.3, 15.0, 9.0
 _MARGIN = 10.0
 
-_STYLE = """
-.lfx-graph { --page: #fff; --box: #f6f7f9; --text: #1c2128; --muted: #667080; --edge: #8a94a3; --fused: #dcebff;
-  --fused-edge: #2f6fd0; --module: #eef4e8; --module-edge: #6f9a4a }
-@media (prefers-color-scheme: dark) { .lfx-graph { --page: #15181d; --box: #22272e; --text: #dfe3ea; --muted: #98a2b1;
-  --edge: #6b7686; --fused: #1a3356; --fused-edge: #7fb0ff; --module: #26331d; --module-edge: #8fbf66 } }
-[data-jp-theme-light="false"] .lfx-graph, .vscode-dark .lfx-graph, [data-md-color-scheme="slate"] .lfx-graph {
-  --page: #15181d; --box: #22272e; --text: #dfe3ea; --muted: #98a2b1; --edge: #6b7686; --fused: #1a3356;
-  --fused-edge: #7fb0ff; --module: #26331d; --module-edge: #8fbf66 }
-[data-jp-theme-light="true"] .lfx-graph, .vscode-light .lfx-graph, [data-md-color-scheme="default"] .lfx-graph {
-  --page: #fff; --box: #f6f7f9; --text: #1c2128; --muted: #667080; --edge: #8a94a3; --fused: #dcebff;
-  --fused-edge: #2f6fd0; --module: #eef4e8; --module-edge: #6f9a4a }
-.lfx-graph { background: var(--page) }
-.lfx-graph text { font: 12px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: var(--text);
-  text-anchor: middle }
-.lfx-graph .small { font-size: 11px; fill: var(--muted) }
-.lfx-graph rect { fill: var(--box); stroke: var(--edge) }
-.lfx-graph .fused rect { fill: var(--fused); stroke: var(--fused-edge); stroke-width: 2 }
-.lfx-graph .module rect { fill: var(--module); stroke: var(--module-edge) }
-.lfx-graph path { fill: none; stroke: var(--edge); stroke-width: 1.3 } .lfx-graph marker path { fill: var(--edge) }
+_LIGHT = (
+    "--page: #fff; --box: #f6f7f9; --text: #1c2128; --muted: #667080; --edge: #8a94a3; --fused: #dcebff; "
+    "--fused-edge: #2f6fd0; --module: #eef4e8; --module-edge: #6f9a4a"
+)
+_DARK = (
+    "--page: #15181d; --box: #22272e; --text: #dfe3ea; --muted: #98a2b1; --edge: #6b7686; --fused: #1a3356; "
+    "--fused-edge: #7fb0ff; --module: #26331d; --module-edge: #8fbf66"
+)
+# Notebooks and sites have themes of their own, which count more than the system's.
+_STYLE = f"""
+.lfx-graph {{ {_LIGHT} }}
+@media (prefers-color-scheme: dark) {{ .lfx-graph {{ {_DARK} }} }}
+[data-jp-theme-light="true"] .lfx-graph, .vscode-light .lfx-graph {{ {_LIGHT} }}
+[data-jp-theme-light="false"] .lfx-graph, .vscode-dark .lfx-graph {{ {_DARK} }}
+[data-md-color-scheme="default"] .lfx-graph {{ {_LIGHT} }}
+[data-md-color-scheme="slate"] .lfx-graph {{ {_DARK} }}
+.lfx-graph {{ background: var(--page) }}
+.lfx-graph text {{ font: 12px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: var(--text);
+  text-anchor: middle }}
+.lfx-graph .small {{ font-size: 11px; fill: var(--muted) }}
+.lfx-graph rect {{ fill: var(--box); stroke: var(--edge) }}
+.lfx-graph .fused rect {{ fill: var(--fused); stroke: var(--fused-edge); stroke-width: 2 }}
+.lfx-graph .module rect {{ fill: var(--module); stroke: var(--module-edge) }}
+.lfx-graph path {{ fill: none; stroke: var(--edge); stroke-width: 1.3 }} .lfx-graph marker path {{ fill: var(--edge) }}
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Drawing:
     """The graph of a module as SVG; shows itself in a notebook."""
 
     svg: str
+
+    def __repr__(self) -> str:
+        return f"<Drawing, {len(self.svg)} characters of SVG: to_svg(path) writes it>"
 
     def _repr_html_(self) -> str:
         return f'<div style="overflow-x: auto">{self.svg}</div>'
@@ -78,7 +86,7 @@ def draw(model: nn.Module, module: str = "") -> Drawing:
     Raises:
         LigerfxError: the module has no graph.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> gm = ligerfx.optimize(torch.nn.Sequential(torch.nn.RMSNorm(64)), torch.randn(2, 64))
         >>> ligerfx.draw(gm, "0").svg.count('class="fused"')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +32,7 @@ class Missed:
     advice: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """Why a module was rewritten or not. Prints as text, and shows as HTML in a notebook.
 
@@ -55,19 +54,18 @@ class Explanation:
     opaque: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    def groups(self) -> list[tuple[Rewrite, int]]:
-        """The rewrites, those of equal layers once, with their number."""
-        counts = Counter((r.pattern, r.source) for r in self.rewrites)
-        first = {(r.pattern, r.source): r for r in reversed(self.rewrites)}
-        return [(first[key], n) for key, n in counts.items()]
+    def groups(self) -> list[tuple[Rewrite, str]]:
+        """The rewrites, those of equal layers once, each with the modules in whose code it stands."""
+        groups: dict[tuple, list[Rewrite]] = {}
+        for rewrite in self.rewrites:
+            groups.setdefault((rewrite.pattern, rewrite.source), []).append(rewrite)
+        return [(group[0], folded_paths(r.module for r in group).replace("\n", ", ")) for group in groups.values()]
 
     def __rich__(self) -> Group:
         parts: list[Any] = [Text(f"{self.module or '(model)'}: {self.cls}", style="bold")]
         parts += [Text(note) for note in self.notes]
-        for rewrite, n in self.groups():
-            times = f" x{n}" if n > 1 else ""
-            where = folded_paths([rewrite.module]) if n > 1 else rewrite.module or "the model"
-            parts.append(Text.assemble(("rewritten", "green"), f": {rewrite.pattern}{times}, in the code of {where}"))
+        for rewrite, where in self.groups():
+            parts.append(Text.assemble(("rewritten", "green"), f": {rewrite.pattern}, in the code of {where}"))
             parts += [Text(f"    {source}  {line}", style="dim") for source, line in rewrite.source]
         for missed in self.missed:
             miss = missed.miss
@@ -84,9 +82,11 @@ class Explanation:
         return Group(*parts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False)
         console.print(self)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from .html import explanation_html
@@ -106,7 +106,7 @@ def explain(model: nn.Module, module: str = "", example_inputs: Any = None, **op
         LigerfxError: there is no such module, or `model` is a part of an optimised model.
         OptimizeError: the model cannot be optimised.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> class Norm(torch.nn.Module):
         ...     def __init__(self):

@@ -91,7 +91,7 @@ def page(title: str, body: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width">\n<title>{html.escape(title)}</title>\n'
-        "<style>:root { color-scheme: light dark } body { margin: 0 }</style>\n"
+        "<style>:root { color-scheme: light dark } body { margin: 0 } body > .lfx { min-height: 100vh }</style>\n"
         f"</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from .listing import listing
 from .matcher import UNPROVED, NearMiss, _neighbourhood, _Unifier, _View
 from .pattern import Pattern, Variant
+from .source import file_name
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,4 @@ def _own_lines(pattern: Pattern) -> set[str]:
         file = inspect.getsourcefile(pattern.function) or ""
     except (OSError, TypeError):  # written at a prompt
         return set()
-    return {f"{file.rsplit('/', 1)[-1]}:{start + offset}" for offset in range(len(lines))}
+    return {f"{file_name(file)}:{start + offset}" for offset in range(len(lines))}

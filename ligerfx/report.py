@@ -98,7 +98,7 @@ class Miss:
         return prefix + found[2], prefix + found[3]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What `optimize` did to a model. `print(report)` shows tables; in a notebook it shows itself as a page.
 
@@ -109,7 +109,7 @@ class Report:
         modules: the module tree, identical neighbours folded.
         sizes: the symbols in shapes -> where they come from, as {"B": "size 0 of input_ids"}.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> block = torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6), torch.nn.Linear(64, 64))
         >>> report = ligerfx.optimize(block, torch.randn(2, 5, 64)).report
@@ -180,7 +180,7 @@ class Report:
     def cost(self) -> Cost:
         """What all replaced code together cost for a token; `report.cost * tokens` for a batch.
 
-        Example:
+        Examples:
             >>> import torch, ligerfx
             >>> class Gate(torch.nn.Module):
             ...     def forward(self, gate, up):
@@ -224,9 +224,11 @@ class Report:
         return Group(*parts)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console = Console(file=io.StringIO(), width=120, color_system=None, force_jupyter=False)
         console.print(self)
         return console.file.getvalue().rstrip()
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         from .html import report_html  # what a plain report does not need
@@ -236,7 +238,7 @@ class Report:
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one HTML page that needs nothing else; written to `path` as well, if there is one.
 
-        Example:
+        Examples:
             >>> import torch, ligerfx
             >>> page = ligerfx.optimize(torch.nn.RMSNorm(64), torch.randn(2, 64)).report.to_html()
             >>> page.startswith("<!doctype html>"), "http" in page
@@ -267,7 +269,7 @@ class Report:
     def to_json(self, path: str | Path | None = None) -> str:
         """`to_dict` as JSON; written to `path` as well, if there is one.
 
-        Example:
+        Examples:
             >>> import json, torch, ligerfx
             >>> report = ligerfx.optimize(torch.nn.RMSNorm(64), torch.randn(2, 64)).report
             >>> json.loads(report.to_json())["idioms"]
@@ -321,8 +323,10 @@ def _grouped(rewrites: list[Rewrite]) -> Iterator[tuple[str, list[Rewrite]]]:
 
 def folded_paths(modules: Iterable[str]) -> str:
     """Module paths with layer numbers folded: `model.layers.*.mlp`."""
-    folded = (re.sub(r"(?<=\.)\d+", "*", module) or "(model)" for module in modules)
-    return "\n".join(f"{name} x{n}" if n > 1 else name for name, n in Counter(folded).items())
+    folded: dict[str, list[str]] = {}
+    for module in modules:
+        folded.setdefault(re.sub(r"(?<=\.)\d+", "*", module), []).append(module)
+    return "\n".join(f"{name} x{len(m)}" if len(m) > 1 else m[0] or "(model)" for name, m in folded.items())
 
 
 def span(lines: Iterable[str]) -> str:

@@ -37,8 +37,8 @@ def test_a_layer_of_torch_that_a_call_reads(llama):
 def test_equal_layers_are_told_once(llama):
     found = ligerfx.explain(llama, "model.layers")
     assert len(found.rewrites) == 8
-    assert [(r.pattern, n) for r, n in found.groups()][0] == ("rotary", 2)
-    assert "rotary x2, in the code of model.layers.*" in str(found)
+    assert [(r.pattern, where) for r, where in found.groups()][0] == ("rotary", "model.layers.* x2")
+    assert "rewritten: rotary, in the code of model.layers.* x2\n" in str(found)
 
 
 @pytest.mark.parametrize(

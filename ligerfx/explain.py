@@ -16,9 +16,10 @@ from torch import nn
 from .advice import advice, opaque_advice
 from .errors import LigerfxError
 from .matcher import _View
-from .module import OptimizedModule, Program
+from .module import OptimizedModule
 from .optimize import optimize
 from .pattern import Pattern
+from .program_code import Code
 from .recognition import PatternLine, closest, pattern_lines
 from .report import Miss, Report, Rewrite, folded_paths
 
@@ -131,11 +132,11 @@ def explain(model: nn.Module, module: str = "", example_inputs: Any = None, **op
     missed = list(_missed(report, module))
     opaque = report.opaque.get(module)
     found = bool(rewrites or missed or opaque)
-    program = report._programs.get(module)
+    code = report._code.get(module)
     nearest: list[tuple[Pattern, list[PatternLine]]] = []
-    if not found and program is not None and program.capture.error is None:
-        nearest = closest(gm._ligerfx_session.patterns, program.capture.graph, list(program.capture.graph.nodes))[:2]
-    notes = _notes(report, named[module], module, program, found, bool(nearest))
+    if not found and code is not None and code.graph is not None:
+        nearest = closest(gm._ligerfx_session.patterns, code.graph, list(code.graph.nodes))[:2]
+    notes = _notes(report, named[module], module, code, found, bool(nearest))
     return Explanation(module, type(named[module]).__name__, rewrites, missed, nearest, opaque, notes)
 
 
@@ -145,7 +146,7 @@ def _concerns(report: Report, rewrite: Rewrite, module: str) -> bool:
         return True
     inside = rewrite.module == "" or module.startswith(rewrite.module + ".")
     call = f"self.{module[len(rewrite.module) + 1 if rewrite.module else 0 :]}("
-    before = report._programs[rewrite.module].before if inside else ()
+    before = report._code[rewrite.module].before if inside else ()
     return any(line.name in rewrite.replaced and call in line.text for line in before)
 
 
@@ -155,26 +156,25 @@ def _missed(report: Report, module: str) -> Iterator[Missed]:
     for miss in report.near_misses:
         by_module.setdefault(miss.module, []).append(miss)
     for path, misses in by_module.items():
-        program = report._programs[path]
-        for miss, near in zip(misses, program.near_misses, strict=True):
-            scope = ".".join(p for p in (path, near.node.meta.get("scope", "")) if p)
+        code = report._code[path]
+        view = _View(code.graph)
+        for miss, near in zip(misses, code.near_misses, strict=True):
+            scope = ".".join(p for p in (path, near.node.meta.get("scope", "") if near else "") if p)
             within = module == "" or any(p == module or p.startswith(module + ".") for p in (path, scope))
             key = miss.pattern, miss.source, miss.reason
             if within and key not in told:
                 told.add(key)
-                yield Missed(miss, pattern_lines(near, _View(near.node.graph)), advice(miss))
+                yield Missed(miss, pattern_lines(near, view) if near else [], advice(miss))
 
 
-def _notes(
-    report: Report, module: nn.Module, path: str, program: Program | None, found: bool, nearest: bool
-) -> list[str]:
+def _notes(report: Report, module: nn.Module, path: str, code: Code | None, found: bool, nearest: bool) -> list[str]:
     notes = []
-    caller = next((p for p, other in report._programs.items() if _inside(path, p, other.dissolved)), None)
+    caller = next((p for p, other in report._code.items() if _inside(path, p, other.dissolved)), None)
     if caller is not None:
         notes.append(f"Its operations stand in the code of {caller or 'the model'}, since a call reaches across both.")
     if path in report.opaque or found:
         return notes
-    if program is not None:
+    if code is not None:
         notes.append(
             "No pattern comes near what it computes." if not nearest else
             "No pattern matches here or nearly does. If the closest ones do what this should do, write it like them; "

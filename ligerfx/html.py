@@ -16,7 +16,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from .advice import advice, opaque_advice
-from .listing import Line, folded, listing
+from .listing import Line, folded
 from .matcher import _View
 from .recognition import PatternLine, pattern_lines
 from .report import TITLES, verified_text
@@ -122,25 +122,27 @@ def _panel(report: Report, path: str) -> Panel | None:
     misses = [m for m in report.near_misses if m.module == path]
     if not sites and not misses:
         return None
-    program = report._programs.get(path)
-    if program is None:  # a report that was pickled is without code
+    code = report._code.get(path)
+    if code is None:  # a report that was pickled is without code
         return Panel(sites, [(miss, []) for miss in misses], [], [])
     told = []
     if misses:
-        view = _View(program.near_misses[0].node.graph)
-        told = [(miss, pattern_lines(near, view)) for miss, near in zip(misses, program.near_misses, strict=True)]
+        view = _View(code.graph)
+        told = [
+            (miss, pattern_lines(near, view) if near else [])
+            for miss, near in zip(misses, code.near_misses, strict=True)
+        ]
     missed = {miss.node for miss in misses}
     owner: dict[str, list[int]] = {}
     for number, site in enumerate(sites):
         for name in site.replaced:
             owner.setdefault(name, []).append(number)
     calls = {name: [number] for number, site in enumerate(sites) for name in site.calls}
-    after = listing(program.capture.graph, program.code)
-    for line in after:
+    for line in code.after:
         whole = line.text.partition(" = ")[2].partition("[")[0]
         if whole in calls:  # one of the results of a call
             calls.setdefault(line.name, calls[whole])
-    return Panel(sites, told, list(_rows(program.before, owner, missed)), list(_rows(after, calls, missed)))
+    return Panel(sites, told, list(_rows(code.before, owner, missed)), list(_rows(code.after, calls, missed)))
 
 
 def _rows(lines: tuple[Line, ...], calls: dict[str, list[int]], missed: set[str]) -> Iterator[Row]:

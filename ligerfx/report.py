@@ -18,6 +18,7 @@ from rich.text import Text
 from .capture import join
 from .cost import Cost
 from .module_tree import Modules, module_tree
+from .program_code import Code
 from .symbols import SizeNames
 
 if TYPE_CHECKING:
@@ -125,13 +126,13 @@ class Report:
     opaque: dict[str, str] = field(default_factory=dict)
     modules: Modules | None = None
     sizes: dict[str, str] = field(default_factory=dict)
-    _programs: dict[str, Program] = field(default_factory=dict, repr=False, compare=False)
+    _code: dict[str, Code] = field(default_factory=dict, compare=False)
 
     def __deepcopy__(self, memo: dict) -> Report:
         return self  # nothing in it changes
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_programs": {}}  # the graphs stay with the process
+        return vars(self) | {"_code": {}}  # the graphs stay with the process
 
     @staticmethod
     def of(model: OptimizedModule, opaque: dict[str, str], programs: dict[str, Program]) -> Report:
@@ -155,7 +156,9 @@ class Report:
                 misses.append(Miss(miss.pattern.name, path, miss.pattern.idioms, *details))
         shown = {path for path in programs if path in elsewhere}
         modules = module_tree(model, {path: id(program) for path, program in programs.items()}, opaque, shown)
-        return Report(type(model).__name__, rewrites, misses, opaque, modules, sizes.legend, programs)
+        codes = {id(program): Code.of(program) for program in programs.values()}
+        code = {path: codes[id(program)] for path, program in programs.items()}
+        return Report(type(model).__name__, rewrites, misses, opaque, modules, sizes.legend, code)
 
     @property
     def idioms(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ MODULES = [name for _, name, _ in pkgutil.iter_modules(ligerfx.__path__) if name
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name, references):
     module = importlib.import_module(f"ligerfx.{name}")
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
 
 def test_public_functions_have_an_example():

@@ -84,7 +84,11 @@ _TELLING = {"mean", "linear", "cross_entropy", "sum", "cat"}
 
 
 def _unifies(variant: Variant, view: _View, want: sympy.Expr, have: sympy.Expr) -> bool:
-    return any(True for _ in _Unifier(variant, view).unify(want, have, {}))
+    idle = getattr(want.func, "identity", None)  # `x + eps` is any x where eps is 0: that step would be none
+    for bindings in _Unifier(variant, view).unify(want, have, {}):
+        if all(value != idle for symbol, value in bindings.items() if variant.kinds[symbol] == "constant"):
+            return True
+    return False
 
 
 def _lines(variant: Variant, found: dict[Node, bool | None]) -> list[PatternLine]:

@@ -154,8 +154,7 @@ class Report:
                 line = miss.node.meta.get("line", "")
                 details = miss.source, miss.reason, line, miss.node.name, miss.share
                 misses.append(Miss(miss.pattern.name, path, miss.pattern.idioms, *details))
-        shown = {path for path in programs if path in elsewhere}
-        modules = module_tree(model, {path: id(program) for path, program in programs.items()}, opaque, shown)
+        modules = module_tree(model, {path: id(program) for path, program in programs.items()}, opaque, elsewhere)
         codes = {id(program): Code.of(program) for program in programs.values()}
         code = {path: codes[id(program)] for path, program in programs.items()}
         return Report(type(model).__name__, rewrites, misses, opaque, modules, sizes.legend, code)

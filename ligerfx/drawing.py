@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from .canonical import op_name
 from .errors import LigerfxError
 from .layout import Point, layout
-from .symbols import SizeNames
+from .size_names import SizeNames
 
 _LETTER, _LINE, _PADDING = 7.3, 15.0, 9.0
 _MARGIN = 10.0

@@ -19,7 +19,7 @@ from .capture import join
 from .cost import Cost
 from .module_tree import Modules, module_tree
 from .program_code import Code
-from .symbols import SizeNames
+from .size_names import SizeNames
 
 if TYPE_CHECKING:
     from .matcher import Match

@@ -1,4 +1,4 @@
-"""How long `optimize` takes: a Llama-3-8B shape on the meta device, at several depths.
+"""How long `optimize` takes, and its report as a page: a Llama-3-8B shape on the meta device, at several depths.
 
     python -m benchmarks.capture
 
@@ -39,12 +39,23 @@ def seconds(model: nn.Module) -> float:
     return time.perf_counter() - start
 
 
+def page(model: nn.Module) -> tuple[float, int]:
+    """Seconds and bytes of the report's page."""
+    report = ligerfx.optimize(model).report
+    start = time.perf_counter()
+    text = report.to_html()
+    return time.perf_counter() - start, len(text.encode())
+
+
 def main() -> None:
     first = seconds(build(2))
-    table = Table("layers", "optimize", title="Llama-3-8B shape, meta device")
+    table = Table("layers", "optimize", "page", "size", title="Llama-3-8B shape, meta device")
     for depth in DEPTHS:
         model = build(depth)
-        table.add_row(str(depth), f"{statistics.median(seconds(model) for _ in range(REPEATS)):.2f} s")
+        times, sizes = zip(*(page(model) for _ in range(REPEATS)), strict=True)
+        optimize = statistics.median(seconds(model) for _ in range(REPEATS))
+        page_time = statistics.median(times)
+        table.add_row(str(depth), f"{optimize:.2f} s", f"{page_time:.2f} s", f"{max(sizes) / 1000:.0f} kB")
     console = Console()
     console.print(table)
     console.print(f"first call of the process, 2 layers: {first:.2f} s")

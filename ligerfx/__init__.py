@@ -7,7 +7,10 @@ print(model.report)
 from .bisect import Culprit, bisect
 from .check import check_pattern
 from .deferred import DeferredTensor
+from .diff import Diff, diff
+from .drawing import Drawing, draw
 from .errors import LigerfxError, OptimizeError, PatternError
+from .explain import Explanation, explain
 from .generate import generated_glu
 from .module import OptimizedModule
 from .numerics import Verified
@@ -19,6 +22,9 @@ from .report import Report
 __all__ = [
     "Culprit",
     "DeferredTensor",
+    "Diff",
+    "Drawing",
+    "Explanation",
     "LigerfxError",
     "OptimizeError",
     "OptimizedModule",
@@ -29,6 +35,9 @@ __all__ = [
     "bisect",
     "check_pattern",
     "generated_glu",
+    "diff",
+    "draw",
+    "explain",
     "optimize",
     "pattern",
     "register",

@@ -32,16 +32,19 @@ class Constant:
 
     symbol: sympy.Symbol
 
+    def __repr__(self) -> str:
+        return str(self.symbol)
 
-class ConstantFloat(float, Constant):
+
+class ConstantFloat(Constant, float):
     pass
 
 
-class ConstantInt(int, Constant):
+class ConstantInt(Constant, int):
     pass
 
 
-class ConstantStr(str, Constant):
+class ConstantStr(Constant, str):
     pass
 
 

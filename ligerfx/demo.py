@@ -1,6 +1,6 @@
 """Optimise a small random Llama, show what was rewritten, and train it beside the original.
 
-    python -m ligerfx.demo
+    ligerfx demo
 
 On a GPU the model is larger, in bf16, and time and memory are compared too.
 """
@@ -46,17 +46,17 @@ def random_batches(model: nn.Module, device: str) -> list[Tensor]:
     return [torch.randint(model.config.vocab_size, shape, device=device) for _ in range(2)]
 
 
-def train(model: nn.Module, batches: list[Tensor]) -> Run:
-    """STEPS steps of AdamW on `batches` in turn."""
+def train(model: nn.Module, batches: list[Tensor], steps: int = STEPS) -> Run:
+    """So many steps of AdamW on `batches` in turn."""
     on_gpu = batches[0].is_cuda
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses, events = [], []
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         events[0].record()
-    for step in range(STEPS):
+    for step in range(steps):
         ids = batches[step % len(batches)]
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -46,6 +46,7 @@ class Match:
     interior: set[Node]
     source: tuple[tuple[str, str], ...] = ()  # where the model computes this: (file:line, text), in order
     verified: Verified | None = None  # how the replacement compared with the operations here, if it was asked
+    calls: list[Node] = field(default_factory=list)  # what took its place, once it is rewritten
 
     @property
     def reach(self) -> set[str]:

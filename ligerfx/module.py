@@ -24,9 +24,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, stands_for, structure
+from .cost import Cost, cost
 from .deferred import DeferredTensor, deferred_logits
 from .dissolve import dissolved, scopes, straddled
 from .errors import CaptureError, PatternError
+from .listing import Line, listing
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
 from .rewriter import rewrite
@@ -54,6 +56,8 @@ class Program:
     code: str = ""
     dissolved: frozenset[str] = frozenset()  # paths of the modules whose calls were dissolved into this graph
     changed: bool = False  # whether the graph is another than the one that was captured
+    before: tuple[Line, ...] = ()  # the code of the graph before it was rewritten
+    costs: list[Cost] = field(default_factory=list)  # of each match
 
     def __deepcopy__(self, memo: dict) -> Program:
         return self  # immutable; holds nothing of the module that it runs on
@@ -107,9 +111,10 @@ class Session:
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
         guard = _guard(capture, bool(chosen))
+        before, costs = listing(capture.graph), [cost(match) for match in matches]
         changed = rewrite(capture.graph, matches)
         function, code = compile_graph(capture.graph)
-        return Program(capture, guard, matches, near, function, code, frozenset(chosen), changed)
+        return Program(capture, guard, matches, near, function, code, frozenset(chosen), changed, before, costs)
 
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
         """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
@@ -171,6 +176,7 @@ class OptimizedModule(GraphModule):
         if "_graph" in self.__dict__:
             old = self._ligerfx_program
             new = Program(old.capture, old.guard, old.matches, old.near_misses, dissolved=old.dissolved)
+            new.before, new.costs = old.before, old.costs
             new.function, new.code = compile_graph(self.graph)
             self.__dict__["_ligerfx_program"] = new
             self.__dict__["_ligerfx_edited"] = True  # its caller must call it
@@ -183,6 +189,10 @@ class OptimizedModule(GraphModule):
         graphs = [program.capture.graph for programs in self._ligerfx_programs.values() for program in programs]
         deferred = [n for graph in graphs for n in graph.nodes if n.target is deferred_logits]
         return bool(deferred) and all(map(_is_only_returned, deferred))
+
+    def _repr_html_(self) -> str | None:
+        """The report, in a notebook; a part of the model shows itself as modules do."""
+        return self.__dict__["report"]._repr_html_() if "report" in self.__dict__ else None
 
     @property
     def itself(self) -> OptimizedModule:

@@ -71,7 +71,7 @@ def optimize(
         OptimizeError: `model` is not a module, the inputs do not fit it, or its forward fails on them.
         PatternError: one of `patterns` cannot be matched, or its replacement does not compute what its function does.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,

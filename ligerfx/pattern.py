@@ -24,6 +24,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import Graph, Node
 
 from .canonical import SIZED, Canonicalizer, Terms, constant
 from .errors import PatternError
@@ -115,6 +116,8 @@ class Variant:
     parameters: dict[str, sympy.Symbol]
     outputs: list[sympy.Expr]
     absent: frozenset[str]
+    graph: Graph  # what the function does, step by step
+    values: dict[Node, sympy.Expr]  # and what each step computes
     _constant: dict[sympy.Expr, bool] = field(default_factory=dict)
     _operands: dict[sympy.Expr, tuple[sympy.Expr, list[sympy.Expr]]] = field(default_factory=dict)
 
@@ -309,7 +312,8 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
     for term in terms.terms.values():
         if term.op == "leaf":
             raise PatternError(f"{pattern.name}: `{term.attrs[0]}` is nothing that can be matched")
-    return Variant(pattern, terms, parameters, outputs, frozenset(absent))
+    values = {n: canonical.value(n) for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    return Variant(pattern, terms, parameters, outputs, frozenset(absent), graph, values)
 
 
 def example(

@@ -111,9 +111,11 @@ def _replace(graph: Graph, match: Match) -> tuple[Node, dict[Node, Node]]:
         if not callable(targets):
             new = [_call(graph, t, match, out) for t, out in zip(targets, match.outputs, strict=True)]
             call = new[-1]
+            match.calls = list(new)
         else:
             call = _call(graph, targets, match, match.outputs[0])
             new = [call]
+            match.calls = [call]
             if len(match.outputs) > 1 or match.pattern.forks is not None:
                 new = [graph.call_function(operator.getitem, (call, i)) for i in range(len(match.outputs))]
     replaced = dict(zip(match.outputs, new, strict=True))

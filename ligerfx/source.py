@@ -19,9 +19,15 @@ def call_site() -> tuple[str, str]:
         if _is_model_code(frame):
             filename, number = frame.f_code.co_filename, frame.f_lineno
             lines = linecache.getline(filename, number).strip()
-            return f"{filename.rsplit('/', 1)[-1]}:{number}", lines
+            return f"{file_name(filename)}:{number}", lines
         frame = frame.f_back
     return "?", ""
+
+
+def file_name(path: str) -> str:
+    """A file without its folder; a cell of a notebook, whose file has a meaningless name, is "cell"."""
+    folder, _, name = path.rpartition("/")
+    return "cell" if folder.rpartition("/")[2].startswith("ipykernel_") else name
 
 
 def describe_error(error: Exception) -> str:
@@ -38,7 +44,7 @@ def _raised_at(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None:
         if _is_model_code(trace.tb_frame):
-            site = f"{trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
+            site = f"{file_name(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}"
         trace = trace.tb_next
     return site
 

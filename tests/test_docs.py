@@ -1,6 +1,9 @@
-"""The documentation's Python snippets run, page by page and in order."""
+"""The documentation's Python snippets and notebooks run, page by page and in order, and the pages can be built."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["guide", "patterns", "kernels"])
+@pytest.mark.parametrize("page", ["guide", "inspect", "patterns", "kernels"])
 def test_snippets_run(page, references, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     snippets = SNIPPET.findall((DOCS / f"{page}.md").read_text())
@@ -17,3 +20,25 @@ def test_snippets_run(page, references, monkeypatch, tmp_path):
     namespace = {"__name__": page}
     for number, snippet in enumerate(snippets):
         exec(compile(snippet, f"{page}.md, snippet {number + 1}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("notebook", sorted(DOCS.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_run_and_hold_their_outputs(notebook, references, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    namespace = {"__name__": notebook.stem}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number + 1}", "exec"), namespace)
+        assert cell["execution_count"] == number + 1
+        assert not any(output["output_type"] == "error" for output in cell["outputs"])
+    assert any("text/html" in output.get("data", {}) for cell in cells for output in cell["outputs"])
+
+
+def test_pages_build(tmp_path):
+    """Links and anchors that lead nowhere, and docstrings that cannot be read, are errors."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "api" / "index.html").read_text()
+    assert all(f'id="ligerfx.{name}"' in api for name in ("optimize.optimize", "explain.explain", "pattern.pattern"))
+    assert "ligerfx_kernels_glu_linear" in (tmp_path / "notebooks" / "inspect" / "index.html").read_text()

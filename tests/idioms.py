@@ -1,0 +1,40 @@
+"""Small modules that nearly are what a pattern describes, each wrong in one way that is known."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ALMOST_INPUT = torch.zeros(2, 5, 64)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+
+class EpsOutsideTheRoot(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6))
+
+
+class MeanOverAnotherDim(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.pow(2).mean(1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(variance + 1e-6))
+
+
+class GateIsUsedTwice(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        act = F.silu(self.weight * x)
+        return act * x + act.mean()
+
+
+class BranchesOnValues(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight if x.sum() > 0 else x
+
+
+def almost() -> nn.Module:
+    """One module for each of the near misses."""
+    return nn.Sequential(EpsOutsideTheRoot(), MeanOverAnotherDim(), GateIsUsedTwice())

@@ -83,6 +83,7 @@ class _Frame:
         self.entry_mode = _mode()
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
+        self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
 
     def fail(self, reason: str) -> None:
         self.capture.error = self.capture.error or reason
@@ -131,6 +132,7 @@ class Tracer(TorchFunctionMode):
         self._real: dict[int, nn.Module] = {}  # id(shadow) -> module
         self._finished: dict[tuple, list[Capture]] = {}  # by structure and call
         self._structures: dict[int, tuple] = {}
+        self._hopeless: dict[int, str] = {}  # id(shadow) -> why its forward gives no output on fakes
 
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """Runs the root on fake versions of the given inputs and returns its capture."""
@@ -229,6 +231,11 @@ class Tracer(TorchFunctionMode):
             if self.guessing and name in _GUESSES:
                 return _GUESSES[name]
             return self._run(func, name, args, kwargs)
+        if self.frames[-1].guessing:
+            if name in _GUESSES:
+                return _GUESSES[name]
+            with self.fakes.shape_env.suppress_guards():
+                return self._run(func, name, args, kwargs)
         if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
@@ -393,6 +400,15 @@ class Tracer(TorchFunctionMode):
         finally:
             self.paused, self.guessing = before
 
+    @contextlib.contextmanager
+    def _guess_sizes(self, guess: bool) -> Iterator[None]:
+        sizes = self.fakes.shape_env
+        before, sizes.guessing = sizes.guessing, guess
+        try:
+            yield
+        finally:
+            sizes.guessing = before
+
     def _log_write(self, shadow: nn.Module, name: str) -> None:
         """A graph has no side effects: a module whose forward sets an attribute runs as it is."""
         if not self.paused and self.frames and id(shadow) in self._paths:
@@ -483,16 +499,22 @@ class Tracer(TorchFunctionMode):
                 frame.reads["", names] = Alias("", *(self._relative(frame, name) for name in names))
         with self._pause():  # looking at sizes here is not the caller's doing
             placeholders = self._placeholders(frame, forward, args, kwargs, leaves)
+        if id(shadow) in self._hopeless:
+            raise CaptureError(self._hopeless[id(shadow)])
         guards_before = len(self.fakes.shape_env.guards)
         self.frames.append(frame)
         try:
-            out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
+            with self._guess_sizes(False):
+                out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
         except Exception as error:
             frame.fail(describe_error(error))
-            if len(self.frames) == 1:
+            frame.guessing = True  # the caller's graph, and those of the modules inside, may be good all the same
+            try:
+                with self._guess_sizes(True):
+                    out = forward(shadow, *args, **kwargs)
+            except Exception:
+                self._hopeless[id(shadow)] = frame.capture.error
                 raise
-            with self._pause(guess=True):  # the caller's graph may be good all the same
-                out = forward(shadow, *args, **kwargs)
         finally:
             self.frames.pop()
             capture.guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]

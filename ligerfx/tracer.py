@@ -367,7 +367,9 @@ class Tracer(TorchFunctionMode):
                 out = function(*args, **kwargs)
         frame.recorded_modes.add(_mode())
         if out is None:
-            frame.fail(f"{function.__name__} returned None, which may depend on the data")
+            if any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in (*args, *kwargs.values())):
+                frame.fail(f"{function.__name__} returned None, which may depend on the data")
+            return None  # of hidden states, only the kind is looked at
         node = self._record(frame, "call_function", function, args, kwargs, out)
         if node is not None:
             node.meta["leaf"] = True
@@ -489,6 +491,7 @@ class Tracer(TorchFunctionMode):
     def _capture_module(
         self, shadow: nn.Module, forward: Callable, path: str, args: tuple, kwargs: dict
     ) -> tuple[Capture, Any]:
+        args, kwargs = _with_traced_numbers(args), _with_traced_numbers(kwargs)
         key, leaves = call_key(args, kwargs)
         capture = Capture(path, key, torch.fx.Graph(), leaf_values=leaves)
         if not self.frames:
@@ -627,8 +630,6 @@ class Tracer(TorchFunctionMode):
         """The capture of an identical module called the same way, and a fresh copy of its output."""
         key, leaves = call_key(args, kwargs)
         for capture in self._finished.get((structure(real, self._structures), key), ()):
-            if capture.error:
-                continue
             with self._pause():  # looking at sizes here is not the model's doing
                 same = (
                     all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
@@ -689,6 +690,16 @@ def _with_stand_ins(value: Any, frame: _Frame) -> Any:
     if type(value) is dict:
         return {k: _with_stand_ins(v, frame) for k, v in value.items()}
     return frame.stand_ins.get(id(value), value)
+
+
+def _with_traced_numbers(value: Any) -> Any:
+    """A call in which each number is an object of its own, that knows whether forward computes with it. (Equal small
+    ints are one object: what stands for one in a graph would stand for all.)"""
+    if type(value) in (tuple, list):
+        return type(value)(_with_traced_numbers(v) for v in value)
+    if type(value) is dict:
+        return {k: _with_traced_numbers(v) for k, v in value.items()}
+    return {int: TracedInt, float: TracedFloat}.get(type(value), lambda v: v)(value)
 
 
 def _holds_tensor(value: Any) -> bool:

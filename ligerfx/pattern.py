@@ -8,9 +8,9 @@
 
 One function is what is searched for, the reference, and the proof of every match. Positional parameters are
 tensors; the annotation names their dimensions ("..." for any number of leading ones, "*" for any size, "2I" for
-twice the size I, "int" first for a tensor of integers), and equal names must be equal sizes. Keyword-only parameters
-are constants that the match captures. A parameter with default None is optional: the idiom is searched for with it
-and without.
+twice the size I, "int" or "complex" first for a tensor of such), and equal names must be equal sizes. Keyword-only
+parameters are constants that the match captures. A parameter with default None is optional: the idiom is searched for
+with it and without.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ from .canonical import SIZED, Canonicalizer, Terms, constant
 from .errors import PatternError
 from .source import describe_error
 from .tracer import Tracer
+
+_DTYPES = {"int": torch.int64, "complex": torch.complex64}
+"""What may stand before the dimensions of a tensor that does not hold floats."""
+
+_SIZES = (120, 52, 22, 10, 6, 4, 2)
 
 _EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
 
@@ -253,12 +258,12 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
 
 
 def example(dims: str, sizes: dict[str, int]) -> tuple[list[int], torch.dtype]:
-    """A shape and dtype for a dimension string; each name gets an even size of its own, later ones smaller."""
+    """A shape and dtype for a dimension string; each name gets an even size of its own, later ones less than half."""
     shape: list[int] = []
     dtype = torch.float32
     for dim in dims.split():
-        if dim == "int":
-            dtype = torch.int64
+        if dim in _DTYPES:
+            dtype = _DTYPES[dim]
         elif dim == "...":
             shape += [2, 6]
         elif dim == "*":
@@ -267,7 +272,7 @@ def example(dims: str, sizes: dict[str, int]) -> tuple[list[int], torch.dtype]:
             shape.append(int(dim))
         else:
             factor, name = _factor(dim)
-            shape.append(factor * sizes.setdefault(name, 40 - 4 * len(sizes)))
+            shape.append(factor * sizes.setdefault(name, _SIZES[min(len(sizes), len(_SIZES) - 1)]))
     return shape, dtype
 
 
@@ -281,7 +286,7 @@ def check_dimensions(pattern: Pattern, tensors: dict[str, torch.Tensor]) -> str 
     """None where the shapes of the tensors agree with the pattern's annotations, else what does not."""
     sizes: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        dims = [d for d in (pattern.tensors[name] or "...").split() if d != "int"]
+        dims = [d for d in (pattern.tensors[name] or "...").split() if d not in _DTYPES]
         shape = list(tensor.shape)
         if "..." in dims:
             at = dims.index("...")

@@ -119,12 +119,23 @@ def _replace(graph: Graph, match: Match) -> tuple[Node, dict[Node, Node]]:
     for old, node in replaced.items():
         node.meta.setdefault("val", old.meta["val"])
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user not in new)
+        _allow_other_strides(node)
     for node in kept:
         point.prepend(node)
     for node in reversed(inside):
         if not node.users and node not in kept:
             graph.erase_node(node)
     return call, replaced
+
+
+def _allow_other_strides(node: Node) -> None:
+    """The result of a kernel may lie in memory in another order than the model's own, of which `view` was possible:
+    `reshape` is the same where it still is, and else a copy."""
+    for user in node.users:
+        if user.op == "call_method" and user.target == "view" and not isinstance(user.args[1], torch.dtype):
+            user.target = "reshape"
+        elif user.op == "call_method" and user.target in ("transpose", "permute", "unsqueeze"):
+            _allow_other_strides(user)
 
 
 def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:
@@ -135,6 +146,8 @@ def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:
             if isinstance(value, Inputs):
                 fixed[name] = tuple(match.inputs[i] for i in value.names)
     parameters = inspect.signature(target).parameters
+    if unknown := fixed.keys() - parameters.keys():  # to leave one out would be to compute something else
+        raise TypeError(f"{match.pattern.name}: {target.__name__} has no parameter {', '.join(sorted(unknown))}")
     arguments = {**match.inputs, **match.constants, **fixed}
     for name, function in match.pattern.early.items():
         inputs = [node for n, node in match.inputs.items() if n in inspect.signature(function).parameters]

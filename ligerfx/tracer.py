@@ -228,12 +228,12 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.paused or not self.frames:
-            if self.guessing and name in _GUESSES:
-                return _GUESSES[name]
+            if self.guessing and (guess := _guessed(name, args, kwargs)) is not None:
+                return guess
             return self._run(func, name, args, kwargs)
         if self.frames[-1].guessing:
-            if name in _GUESSES:
-                return _GUESSES[name]
+            if (guess := _guessed(name, args, kwargs)) is not None:
+                return guess
             with self.fakes.shape_env.suppress_guards():
                 return self._run(func, name, args, kwargs)
         if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
@@ -515,6 +515,8 @@ class Tracer(TorchFunctionMode):
             try:
                 with self._guess_sizes(True):
                     out = forward(shadow, *args, **kwargs)
+                if _is_empty(out):  # what was guessed to be empty was an output
+                    raise CaptureError(frame.capture.error)
             except Exception:
                 self._hopeless[id(shadow)] = frame.capture.error
                 raise
@@ -680,6 +682,16 @@ def _target(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[str, Any, 
     return "call_function", func, args, kwargs
 
 
+def _guessed(name: str, args: tuple, kwargs: dict) -> Any:
+    """An answer to a question about the data of a fake: 0, False, or that no element is meant. None for others."""
+    if name == "nonzero" or (name == "where" and len(args) == 1):
+        rank = args[0].ndim
+        if name == "where" or kwargs.get("as_tuple"):
+            return tuple(args[0].new_empty((0,), dtype=torch.int64) for _ in range(rank))
+        return args[0].new_empty((0, rank), dtype=torch.int64)
+    return _GUESSES.get(name)
+
+
 def _is_foreign(value: Any) -> bool:
     return not isinstance(value, (torch.Tensor, *PLAIN, torch.SymInt))
 
@@ -695,11 +707,17 @@ def _with_stand_ins(value: Any, frame: _Frame) -> Any:
 def _with_traced_numbers(value: Any) -> Any:
     """A call in which each number is an object of its own, that knows whether forward computes with it. (Equal small
     ints are one object: what stands for one in a graph would stand for all.)"""
-    if type(value) in (tuple, list):
-        return type(value)(_with_traced_numbers(v) for v in value)
+    if type(value) in (tuple, list, torch.Size):
+        return (list if type(value) is list else tuple)(_with_traced_numbers(v) for v in value)
     if type(value) is dict:
         return {k: _with_traced_numbers(v) for k, v in value.items()}
     return {int: TracedInt, float: TracedFloat}.get(type(value), lambda v: v)(value)
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_empty(v) for v in value)
+    return isinstance(value, torch.Tensor) and any(expression(size) == 0 for size in value.shape)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -135,9 +135,10 @@ def complex_rotary(q: "B * * 2R", k: "B * * 2R", turn: "complex * * * R"):
     return apply(q), apply(k)
 
 
-def norm_rope_of_tokens(q, k, q_weight, k_weight, cos, sin, eps, **kind):
+def norm_rope_of_tokens(q, k, q_weight, k_weight, cos, sin, eps, *, offset=0.0, cast="before_weight"):
     """`norm_rope` of q and k [B, S, N, D]; gives [B, N, S, D], without a copy."""
-    return norm_rope(q.transpose(1, 2), k.transpose(1, 2), q_weight, k_weight, cos, sin, eps, **kind)
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return norm_rope(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast)
 
 
 def _normed(name: str, kind: dict, transposed: bool) -> Pattern:

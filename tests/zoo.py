@@ -177,7 +177,7 @@ def _for_class(model_class: type, config: PreTrainedConfig) -> PreTrainedConfig:
     """Of a configuration with others inside the one that the model class takes."""
     wanted = model_class.config_class
     inner = (getattr(config, key, None) for key in type(config).sub_configs)
-    return config if isinstance(config, wanted) else next(c for c in inner if isinstance(c, wanted))
+    return config if isinstance(config, wanted) else next((c for c in inner if isinstance(c, wanted)), config)
 
 
 def _wanted(config: PreTrainedConfig, key: str) -> bool:

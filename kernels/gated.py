@@ -11,7 +11,6 @@ _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
 }
 
 
@@ -44,10 +43,6 @@ def _activate(x, ACTIVATION: tl.constexpr):
         value = 0.5 * x * (1.0 + t)
         inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
         slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
-    elif ACTIVATION == "relu_squared":
-        positive = tl.where(x <= 0, 0.0, x)
-        value = positive * positive
-        slope = 2.0 * positive
     else:
         # Written so that NaN passes, as it does in torch.relu.
         value = tl.where(x <= 0, 0.0, x)

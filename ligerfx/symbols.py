@@ -87,6 +87,13 @@ class FakeInputs:
             self._sizes[hint] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return self._sizes[hint]
 
+    def of_expression(self, size: sympy.Expr | int) -> torch.SymInt | int:
+        """The size that an expression over the symbols stands for."""
+        if isinstance(size, int) or size.is_Integer:
+            return int(size)
+        hint = int(size.subs(self.shape_env.backed_var_to_val))
+        return self.shape_env.create_symintnode(size, hint=hint)
+
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         """A fake of `value`: sizes become symbols, except the width of hidden states (the last of three or
         more dimensions of a floating-point tensor), which belongs to the model and not to the batch."""

@@ -55,7 +55,7 @@ def _separate_linear(activation: str, fixed: dict) -> Pattern:
     return pattern(replace=partial(glu_linear, activation=activation, **fixed), idioms=["glu"])(linear)
 
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 @functools.cache

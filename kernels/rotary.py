@@ -1,4 +1,4 @@
-"""Rotary position embedding in its rotate-half form (Su et al. 2021, https://arxiv.org/abs/2104.09864)."""
+"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), by halves or by neighbours."""
 
 import functools
 from typing import NamedTuple
@@ -9,25 +9,55 @@ from torch.autograd.function import once_differentiable
 from ._operators import operator
 from ._runtime import jit, launch_device, tl, triton, use_triton
 
-
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+PAIRS = ("halves", "neighbours", "neighbours_to_halves")
 
 
 def rope_reference(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    pairs: str = "halves",
+    half_tables: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch `rope`, in the order of operations of the Hugging Face models."""
-    check_rope("rope", q, k, cos, sin)
-    rotated = cos.shape[-1]
+    check_rope("rope", q, k, cos, sin, pairs, half_tables)
+    rotated = cos.shape[-1] * (2 if half_tables else 1)
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         turned, rest = x[..., :rotated], x[..., rotated:]
-        turned = (turned * cos) + (_rotate_half(turned) * sin)
+        x1, x2 = _paired(turned, pairs)
+        if half_tables:
+            turned = _joined(x1 * cos - x2 * sin, x2 * cos + x1 * sin, pairs)
+        else:
+            turned = (turned * cos) + (_joined(-x2, x1, pairs) * sin)
         return turned if rotated == x.shape[-1] else torch.cat([turned, rest], dim=-1)
 
     return apply(q), apply(k)
+
+
+def _paired(x: torch.Tensor, pairs: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second elements of all pairs."""
+    half = x.shape[-1] // 2
+    return (x[..., :half], x[..., half:]) if pairs == "halves" else (x[..., 0::2], x[..., 1::2])
+
+
+def _joined(x1: torch.Tensor, x2: torch.Tensor, pairs: str) -> torch.Tensor:
+    return torch.stack((x1, x2), dim=-1).flatten(-2) if pairs == "neighbours" else torch.cat((x1, x2), dim=-1)
+
+
+@triton.jit
+def _columns(HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Where the first and where the second elements of the pairs stand, and which of them there are."""
+    index = tl.arange(0, BLOCK_HALF)[None, :]
+    if NEIGHBOURS:
+        first = 2 * index
+        second = first + 1
+    else:
+        first = index
+        second = HALF + index
+    return first, second, index < HALF
 
 
 @triton.jit
@@ -41,14 +71,16 @@ def load_heads(
     HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr = False,
 ):
-    """HEADS heads of a token, zero from n_heads on: the two halves that rotate, and the rest if there is one."""
+    """HEADS heads of a token, zero from n_heads on: the first and the second elements of the pairs that rotate, and
+    the rest if there is one."""
     heads = first + tl.arange(0, HEADS)
     head_mask = (heads < n_heads)[:, None]
     rows = ptr + heads.to(tl.int64)[:, None] * head_stride
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = head_mask & (cols < HALF)
-    tiles = (tl.load(rows + cols, mask=mask, other=0.0), tl.load(rows + HALF + cols, mask=mask, other=0.0))
+    cols1, cols2, there = _columns(HALF, BLOCK_HALF, NEIGHBOURS)
+    mask = head_mask & there
+    tiles = (tl.load(rows + cols1, mask=mask, other=0.0), tl.load(rows + cols2, mask=mask, other=0.0))
     if 2 * HALF < D:
         rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
         tiles = tiles + (tl.load(rows + rest, mask=head_mask & (rest < D), other=0.0),)
@@ -67,29 +99,38 @@ def store_heads(
     HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    NEIGHBOURS: tl.constexpr = False,
 ):
     """Write what `load_heads` reads."""
     heads = first + tl.arange(0, HEADS)
     head_mask = (heads < n_heads)[:, None]
     rows = ptr + heads.to(tl.int64)[:, None] * head_stride
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = head_mask & (cols < HALF)
-    tl.store(rows + cols, tiles[0].to(ptr.dtype.element_ty), mask=mask)
-    tl.store(rows + HALF + cols, tiles[1].to(ptr.dtype.element_ty), mask=mask)
+    cols1, cols2, there = _columns(HALF, BLOCK_HALF, NEIGHBOURS)
+    mask = head_mask & there
+    tl.store(rows + cols1, tiles[0].to(ptr.dtype.element_ty), mask=mask)
+    tl.store(rows + cols2, tiles[1].to(ptr.dtype.element_ty), mask=mask)
     if 2 * HALF < D:
         rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
         tl.store(rows + rest, tiles[2].to(ptr.dtype.element_ty), mask=head_mask & (rest < D))
 
 
 @triton.jit
-def load_tables(cos_ptr, sin_ptr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """cos and sin of a token, each in two halves [1, BLOCK_HALF]."""
-    cols = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = cols < HALF
-    c1 = tl.load(cos_ptr + cols, mask=mask, other=0.0)
-    c2 = tl.load(cos_ptr + HALF + cols, mask=mask, other=0.0)
-    s1 = tl.load(sin_ptr + cols, mask=mask, other=0.0)
-    s2 = tl.load(sin_ptr + HALF + cols, mask=mask, other=0.0)
+def load_tables(
+    cos_ptr,
+    sin_ptr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    NEIGHBOURS: tl.constexpr = False,
+    HALF_TABLES: tl.constexpr = False,
+):
+    """cos and sin of a token, each for the first and for the second elements of the pairs [1, BLOCK_HALF]."""
+    cols1, cols2, mask = _columns(HALF, BLOCK_HALF, NEIGHBOURS and not HALF_TABLES)
+    c1 = tl.load(cos_ptr + cols1, mask=mask, other=0.0)
+    s1 = tl.load(sin_ptr + cols1, mask=mask, other=0.0)
+    if HALF_TABLES:
+        return c1, c1, s1, s1
+    c2 = tl.load(cos_ptr + cols2, mask=mask, other=0.0)
+    s2 = tl.load(sin_ptr + cols2, mask=mask, other=0.0)
     return c1, c2, s1, s2
 
 
@@ -147,6 +188,9 @@ def _rope_kernel(
     TOKENS: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
+    NEIGHBOURS_IN: tl.constexpr,
+    NEIGHBOURS_OUT: tl.constexpr,
+    HALF_TABLES: tl.constexpr,
 ):
     """Some heads of some tokens. Backward, q and k are the incoming gradients, yq and yk the outgoing ones."""
     first_q = tl.program_id(1) * Q_HEADS
@@ -160,14 +204,15 @@ def _rope_kernel(
         token = tl.minimum(tl.program_id(0) * TOKENS + i, all_tokens - 1)
         b = (token // n_tokens).to(tl.int64)
         t = (token % n_tokens).to(tl.int64)
-        table = load_tables(
-            cos_ptr + b * cos_batch + t * cos_token, sin_ptr + b * sin_batch + t * sin_token, HALF, BLOCK_HALF
-        )
+        cos_row = cos_ptr + b * cos_batch + t * cos_token
+        sin_row = sin_ptr + b * sin_batch + t * sin_token
+        # Whole tables are in the order of the elements: that of the input, which is that of the output.
+        table = load_tables(cos_row, sin_row, HALF, BLOCK_HALF, NEIGHBOURS_IN, HALF_TABLES)
         tables = tables + (table,)
         q_row = q_ptr + b * q_batch + t * q_token
         k_row = k_ptr + b * k_batch + t * k_token
-        q = q + (load_heads(q_row, q_head, first_q, q_heads, D, HALF, Q_HEADS, BLOCK_HALF, BLOCK_REST),)
-        k = k + (load_heads(k_row, k_head, first_k, k_heads, D, HALF, K_HEADS, BLOCK_HALF, BLOCK_REST),)
+        q = q + (load_heads(q_row, q_head, first_q, q_heads, D, HALF, Q_HEADS, BLOCK_HALF, BLOCK_REST, NEIGHBOURS_IN),)
+        k = k + (load_heads(k_row, k_head, first_k, k_heads, D, HALF, K_HEADS, BLOCK_HALF, BLOCK_REST, NEIGHBOURS_IN),)
     for i in tl.static_range(TOKENS):
         token = tl.minimum(tl.program_id(0) * TOKENS + i, all_tokens - 1)
         b = (token // n_tokens).to(tl.int64)
@@ -176,8 +221,8 @@ def _rope_kernel(
         yk = rotate(k[i], tables[i], BACKWARD)
         yq_row = yq_ptr + b * yq_batch + t * yq_token
         yk_row = yk_ptr + b * yk_batch + t * yk_token
-        store_heads(yq_row, yq, yq_head, first_q, q_heads, D, HALF, Q_HEADS, BLOCK_HALF, BLOCK_REST)
-        store_heads(yk_row, yk, yk_head, first_k, k_heads, D, HALF, K_HEADS, BLOCK_HALF, BLOCK_REST)
+        store_heads(yq_row, yq, yq_head, first_q, q_heads, D, HALF, Q_HEADS, BLOCK_HALF, BLOCK_REST, NEIGHBOURS_OUT)
+        store_heads(yk_row, yk, yk_head, first_k, k_heads, D, HALF, K_HEADS, BLOCK_HALF, BLOCK_REST, NEIGHBOURS_OUT)
 
 
 def empty_with_strides_of(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -241,7 +286,7 @@ def tiling(q_heads: int, k_heads: int, block_half: int) -> Tiling:
     return Tiling(1, q, k, blocks, min(4, max(1, tile // 256)))
 
 
-def _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, backward):
+def _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, backward, head_dim, pairs, half_tables):
     results = []
     for x, dtype, strides in (q, q_dtype, q_strides), (k, k_dtype, k_strides):
         if strides is not None:
@@ -253,42 +298,46 @@ def _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, b
 
 @operator(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, ScalarType? q_dtype, ScalarType? k_dtype, SymInt[]? q_strides,"
-    " SymInt[]? k_strides, int head_dim, bool backward) -> Tensor[]",
+    " SymInt[]? k_strides, bool backward, int head_dim, str pairs, bool half_tables) -> Tensor[]",
     _rotated,
 )
-def _rotate(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, backward):
+def _rotate(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, backward, head_dim, pairs, half_tables):
     """q and k, rotated or rotated back, in the dtypes given; what has none takes part with no heads.
 
     Without strides of its own, a result has those of what it is made from.
     """
-    results = _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, head_dim, backward)
+    results = _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, backward, head_dim, pairs, half_tables)
     found = iter(results)
     yq, yk = (x if dtype is None else next(found) for x, dtype in ((q, q_dtype), (k, k_dtype)))
     heads = [0 if dtype is None else x.shape[head_dim] for x, dtype in ((q, q_dtype), (k, k_dtype))]
     token_dim = 3 - head_dim
     batch, n_tokens, width = q.shape[0], q.shape[token_dim], q.shape[-1]
     q, k, cos, sin = (with_contiguous_rows(x) for x in (q, k, cos, sin))
-    half, block_half, block_rest = blocks_of(width, cos.shape[-1])
+    half, block_half, block_rest = blocks_of(width, cos.shape[-1] * (2 if half_tables else 1))
+    orders = [pairs != "halves", pairs == "neighbours"]  # of the forward's input and output: whether by neighbours
+    if backward:
+        orders.reverse()
     tokens, q_block, k_block, blocks, warps = tiling(*heads, block_half)
     with launch_device(q):
         _rope_kernel[(-(-batch * n_tokens // tokens), blocks)](
             q, k, yq, yk, cos, sin, n_tokens, batch * n_tokens, *heads,
             *strides_of(head_dim, q, k, yq, yk), *table_strides_of(head_dim, cos, sin),
-            width, half, backward, block_half, block_rest, tokens, q_block, k_block, num_warps=warps,
+            width, half, backward, block_half, block_rest, tokens, q_block, k_block, *orders, half_tables,
+            num_warps=warps,
         )  # fmt: skip
     return results
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, head_dim):
+    def forward(ctx, q, k, cos, sin, head_dim, pairs, half_tables):
         ctx.set_materialize_grads(False)
         table_dtype = torch.promote_types(cos.dtype, sin.dtype)
         dtypes = [torch.promote_types(x.dtype, table_dtype) for x in (q, k)]
-        outputs = _rotate(q, k, cos, sin, *dtypes, None, None, head_dim, False)
+        outputs = _rotate(q, k, cos, sin, *dtypes, None, None, False, head_dim, pairs, half_tables)
         ctx.mark_non_differentiable(*(outputs[i] for i in (0, 1) if not ctx.needs_input_grad[i]))
         ctx.save_for_backward(cos, sin)
-        ctx.head_dim = head_dim
+        ctx.options = head_dim, pairs, half_tables
         # The gradients take the outputs' strides.
         ctx.layouts = [(x.dtype, y.stride()) for x, y in zip((q, k), outputs, strict=True)]
         return tuple(outputs)
@@ -299,17 +348,27 @@ class _Rope(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         wanted = [dy is not None and need for dy, need in zip((dyq, dyk), ctx.needs_input_grad[:2], strict=True)]
         if not any(wanted):
-            return (None,) * 5
+            return (None,) * 7
         # What is not wanted takes part with no heads.
         dyq, dyk = dyq if wanted[0] else dyk, dyk if wanted[1] else dyq
         layouts = [layout if want else (None, None) for layout, want in zip(ctx.layouts, wanted, strict=True)]
         dtypes, strides = zip(*layouts, strict=True)
-        rotated = iter(_rotate(dyq, dyk, cos, sin, *dtypes, *strides, ctx.head_dim, True))
-        return *(next(rotated) if want else None for want in wanted), None, None, None
+        rotated = iter(_rotate(dyq, dyk, cos, sin, *dtypes, *strides, True, *ctx.options))
+        return *(next(rotated) if want else None for want in wanted), None, None, None, None, None
 
 
-def check_rope(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> int:
+def check_rope(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pairs: str = "halves",
+    half_tables: bool = False,
+) -> int:
     """Check the arguments and return which dim of q and k (1 or 2) counts the heads."""
+    if pairs not in PAIRS or (pairs == "neighbours_to_halves" and not half_tables):
+        raise ValueError(f"{op}: pairs must be one of {PAIRS}, the last with half_tables, got {pairs!r}")
     if not (q.is_floating_point() and k.is_floating_point() and cos.is_floating_point() and sin.is_floating_point()):
         raise TypeError(f"{op}: expected floating-point inputs, got {[t.dtype for t in (q, k, cos, sin)]}")
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -318,8 +377,9 @@ def check_rope(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin
         problem = "cos and sin must have one shape of at most 4 dims"
     else:
         batch, *middle, rotated = (1,) * (4 - cos.dim()) + tuple(cos.shape)
+        rotated = 2 * rotated if half_tables else rotated
         if rotated % 2 or rotated > q.shape[3]:
-            problem = "the last dim of cos must be even and at most the head size"
+            problem = "what rotates, the last dim of cos or twice that, must be even and at most the head size"
         else:
             if batch in (1, q.shape[0]):
                 for heads, tokens in ((1, 2), (2, 1)):
@@ -331,30 +391,43 @@ def check_rope(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin
     raise ValueError(f"{op}: {problem}, {shapes}")
 
 
-def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate q and k by position: x * cos + rotate_half(x) * sin on the first R dims, the others unchanged.
+def rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    pairs: str = "halves",
+    half_tables: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate pairs of elements of q and k by position, those in the first R dims; the others are unchanged.
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin).
 
     Args:
         q: [B, N, S, D], or [B, S, N, D]; floating point, any strides.
         k: [B, M, S, D], or [B, S, M, D]; the head counts N and M may differ.
-        cos: [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2; R even, R <= D. The two halves of the
-            last dim may differ.
+        cos: [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2; R even, R <= D. The two elements of a pair
+            may have different values.
         sin: as cos. If cos or sin requires a gradient the reference runs.
+        pairs: "halves" pairs element i with i + R/2, "neighbours" element 2i with 2i + 1, and
+            "neighbours_to_halves" does the latter and puts the first elements of all pairs before the second ones.
+        half_tables: cos and sin are [..., R/2], one value for each pair. "neighbours_to_halves" needs that.
 
     Returns:
         Rotated q and k, each in the promoted dtype of itself, cos and sin, with its own
         strides if it is dense.
 
     Raises:
-        ValueError: for shapes other than those above.
+        ValueError: for shapes or pairs other than those above.
         TypeError: if an input is not floating point.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
     arXiv:2104.09864.
     """
-    head_dim = check_rope("rope", q, k, cos, sin)
+    head_dim = check_rope("rope", q, k, cos, sin, pairs, half_tables)
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, cos, sin):
-        return rope_reference(q, k, cos, sin)
+        return rope_reference(q, k, cos, sin, pairs=pairs, half_tables=half_tables)
     cos, sin = with_four_dims(cos), with_four_dims(sin)
-    return _Rope.apply(q, k, cos, sin, head_dim)
+    return _Rope.apply(q, k, cos, sin, head_dim, pairs, half_tables)

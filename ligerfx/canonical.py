@@ -479,16 +479,18 @@ def _cat(c: Canonicalizer, node: Node, tensors: Sequence[Node], dim: int = 0) ->
     return values[0] if len(values) == 1 else c.term(node, "cat", (dim % rank - rank,), *values)
 
 
-def _slice(c: Canonicalizer, node: Node, value: sympy.Expr, size: Any, dim: int, start: Any, stop: Any) -> sympy.Expr:
-    """`value[..., start:stop]` in dimension `dim` (from the end), of length `size`; slices of slices are one."""
+def _slice(
+    c: Canonicalizer, node: Node, value: sympy.Expr, size: Any, dim: int, start: Any, stop: Any, step: int = 1
+) -> sympy.Expr:
+    """`value[..., start:stop:step]` in dimension `dim` (from the end), of length `size`; slices of slices are one."""
     start, stop, size = expression(start), expression(stop), expression(size)
-    if start == 0 and stop == size:
+    if start == 0 and stop == size and step == 1:
         return value
     term = c.terms.terms.get(value)
-    if term is not None and term.op == "slice" and term.attrs[0] == dim:
-        offset, value = term.attrs[1], term.args[0]
+    if term is not None and term.op == "slice" and term.attrs[:2] == (dim, 1):
+        offset, value = term.attrs[2], term.args[0]
         start, stop = start + offset, stop + offset
-    return c.term(node, "slice", (dim, start, stop), value)
+    return c.term(node, "slice", (dim, step, start, stop), value)
 
 
 def _bound(index: Any, size: Any, default: Any) -> Any:
@@ -523,15 +525,18 @@ def _getitem(c: Canonicalizer, node: Node, x: Node, index: Any) -> sympy.Expr | 
         if item is None:
             inserted.append(position)
             continue
-        size = source.shape[dim]
-        if item.step not in (None, 1):
-            if item.stop is not None or type(item.step) is not int:
+        if item.step not in (None, 1) and item.stop is None:
+            if type(item.step) is not int:
                 return None
             value = c.term(node, "strided", (dim - source.ndim, item.start or 0, item.step), value)
             dim += 1
             continue
+        step = 1 if item.step is None else item.step
+        if type(step) is not int:
+            return None
+        size = source.shape[dim]
         start, stop = _bound(item.start, size, 0), _bound(item.stop, size, size)
-        value = _slice(c, node, value, size, dim - source.ndim, start, stop)
+        value = _slice(c, node, value, size, dim - source.ndim, start, stop, step)
         dim += 1
     for position in inserted:
         value = _unsqueezed(c, node, value, position - len(index))
@@ -667,10 +672,25 @@ def _permute(c: Canonicalizer, node: Node, x: Node, *args: Any) -> sympy.Expr:
     return c.term(node, "permute", (tuple(d - rank for d in order),), c.value(x))
 
 
+@_rule("stack")
+def _stack(c: Canonicalizer, node: Node, tensors: Sequence[Node], dim: int = 0) -> sympy.Expr:
+    val = node.meta["val"]
+    values = [c.widened(c.value(t), t.meta["val"].dtype, val.dtype) for t in tensors]
+    return c.term(node, "stack", (dim % val.ndim - val.ndim,), *values)
+
+
+@_rule("repeat_interleave")
+def _repeat_interleave(c: Canonicalizer, node: Node, x: Node, repeats: Any, dim: Any = None, **_: Any) -> Any:
+    if type(repeats) is not int or type(dim) is not int:
+        return None
+    rank = node.meta["val"].ndim
+    return c.term(node, "repeat_interleave", (repeats, dim % rank - rank), c.value(x))
+
+
 @_rule("expand", "expand_as", "broadcast_to")
 def _expand(c: Canonicalizer, node: Node, x: Node, *args: Any) -> sympy.Expr:
     return c.term(node, "expand", (tuple(expression(s) for s in node.meta["val"].shape),), c.value(x))
 
 
-SIZED = {"slice": 1, "reshape": 0, "expand": 0}
+SIZED = {"slice": 2, "reshape": 0, "expand": 0}
 """Terms whose attributes are sizes, with the number of leading attributes that are not."""

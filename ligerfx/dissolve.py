@@ -119,7 +119,9 @@ class _Copier:
         """A size comes from the inputs, not from an intermediate result, which could then not be rewritten."""
         if node.target == "size" and isinstance(node.meta.get("val"), torch.SymInt):
             with contextlib.suppress(CaptureError):
-                return size_node(expression(node.meta["val"]), self.new.graph, self.sizes)
+                size = size_node(expression(node.meta["val"]), self.new.graph, self.sizes)
+                size.meta.setdefault("val", node.meta["val"])
+                return size
         return None
 
     def _copy_node(self, node: Node, scope: str, path: str, values: dict[Node, Any]) -> Node:

@@ -24,9 +24,25 @@ EAGER_ATTENTION = "eager_attention_forward"
 CACHE_INDEX = "layer_idx"
 """The attribute by which a layer of transformers knows its own entries in a cache."""
 
+EXPERTS = "transformers.integrations.moe"
+GROUPED_EXPERTS = ("grouped_mm_experts_forward", "batched_mm_experts_forward")
+"""Experts functions that are ordinary tensor operations from beginning to end: recorded as such, so that the gated unit
+between their matrix products is seen."""
+
 
 def is_mask_function(value: Any) -> bool:
     return isinstance(value, FunctionType) and value.__module__ == MASKS and value.__name__.startswith("create_")
+
+
+def is_kernel(value: Any) -> bool:
+    """Whether transformers runs a kernel of another package in place of this function where there is one: the scan of a
+    recurrent layer, a causal convolution."""
+    return isinstance(value, FunctionType) and "is_new_implementation" in value.__code__.co_freevars
+
+
+def is_recorded(function: Any) -> bool:
+    """Whether an entry of a registry is recorded operation by operation, rather than as one call."""
+    return getattr(function, "__module__", "") == EXPERTS and function.__name__ in GROUPED_EXPERTS
 
 
 def _source_files(modules: Iterable[nn.Module]) -> set[ModuleType]:
@@ -76,6 +92,8 @@ def leaf_functions(modules: Iterable[nn.Module], record: Callable[..., Any]) -> 
 
     def leaf(function: Callable) -> Callable:
         function = getattr(function, "_ligerfx_original", function)
+        if is_recorded(function):
+            return function
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +109,8 @@ def leaf_functions(modules: Iterable[nn.Module], record: Callable[..., Any]) -> 
     with _lock:
         for file in _source_files(modules):
             for name, value in list(vars(file).items()):
-                if is_mask_function(value) or (name == EAGER_ATTENTION and isinstance(value, FunctionType)):
+                attention = name == EAGER_ATTENTION and isinstance(value, FunctionType)
+                if attention or is_mask_function(value) or is_kernel(value):
                     new: Any = leaf(value)
                 elif registry_class is not None and isinstance(value, registry_class):
                     new = _Registry(value, leaf)

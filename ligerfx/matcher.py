@@ -114,6 +114,11 @@ class _View:
             self.values[node] = value
             self.nodes_of.setdefault(value, []).append(node)
         self._operands: dict[tuple, tuple[sympy.Expr, list[sympy.Expr]]] = {}
+        self.alike: dict[tuple, list[sympy.Expr]] = {}  # slices of one value, or views of one
+        for value in self.nodes_of:
+            term = self.terms.terms.get(value)
+            if term is not None and term.op in SIZED:
+                self.alike.setdefault((term.op, term.args), []).append(value)
 
     def operands(self, value: sympy.Expr, func: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
         """The constant and the other operands of a value, seen as a sum or a product."""
@@ -134,6 +139,7 @@ class Matcher:
     def __init__(self, graph: Graph, fakes: FakeInputs) -> None:
         self.graph = graph
         self.fakes = fakes
+        _merge_equal_views(graph)
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.view = _View(graph)
         cut = _View(graph, cut=True)
@@ -514,6 +520,11 @@ class _Unifier:
                 return
             bound = extended
         yield from self._counted(self._unify_all(list(zip(want.args, have.args, strict=True)), bound))
+        if want.op in SIZED and self.variant.kinds.get(want.args[0]) == "tensor":
+            # A slice of a slice is one slice, a view of a view one view: what stands between may be the parameter.
+            for value in self.view.alike.get((have.op, have.args), ()):
+                if value != t:
+                    yield from self._counted(self.unify(want.args[0], value, bound))
 
     def _unify_attribute(self, want: Any, have: Any, bound: Bindings) -> Bindings | None:
         if isinstance(want, tuple) and isinstance(have, tuple) and len(want) == len(have):
@@ -654,6 +665,29 @@ _VIEWS = {
     "unbind", "detach", "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as",
 }  # fmt: skip
 """Operations whose result may share memory with what they are given."""
+
+
+_MERGED = {
+    "view", "transpose", "permute", "t", "swapaxes", "expand", "unsqueeze", "squeeze", "getitem", "select", "narrow",
+    "chunk", "split", "unbind",
+}  # fmt: skip
+"""Operations that give the same memory again if they are done again."""
+
+
+def _merge_equal_views(graph: Graph) -> None:
+    """Makes one node of views that look at one value in one way: models take a table apart once for q and once for k,
+    and an idiom has one input of each."""
+    first: dict[tuple, Node] = {}
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or op_name(node) not in _MERGED:
+            continue
+        if op_name(node) == "getitem" and any(isinstance(i, Node) for i in node.all_input_nodes[1:]):
+            continue  # an index may be a tensor, which makes a copy
+        key = node.target, repr(node.args), repr(node.kwargs)
+        other = first.setdefault(key, node)
+        if other is not node:
+            node.replace_all_uses_with(other)
+            graph.erase_node(node)
 
 
 def _change_in_place(node: Node) -> Node | None:

@@ -34,6 +34,8 @@ from .tracer import Tracer
 KINDS = {"int": torch.int64, "complex": torch.complex64}
 """What a dimension string may begin with, where the tensor is not of floating-point numbers."""
 
+_SIZES = (120, 52, 22, 10, 6, 4, 2)
+
 _EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
 
 
@@ -104,6 +106,8 @@ def bound_arguments(target: Callable, given: dict[str, Any]) -> tuple[Callable, 
                 fixed[name] = tuple(given[n] for n in value.names)
     parameters = inspect.signature(target).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not takes_all and (unknown := fixed.keys() - parameters.keys()):  # to leave one out is to compute something else
+        raise TypeError(f"{target.__name__} has no parameter {', '.join(sorted(unknown))}")
     return target, {name: v for name, v in (given | fixed).items() if name in parameters or takes_all}
 
 
@@ -317,9 +321,10 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
 
 
 def example(
-    dims: str, sizes: dict[str, int], leading: Sequence[int] = (2, 6), largest: int = 40
+    dims: str, sizes: dict[str, int], leading: Sequence[int] = (2, 6), largest: int | None = None
 ) -> tuple[list[int], torch.dtype]:
-    """A shape and dtype for a dimension string; each name gets an even size of its own, later ones smaller."""
+    """A shape and dtype for a dimension string; each name gets an even size of its own, later ones
+    smaller: less than half, if nothing is said of the largest."""
     shape: list[int] = []
     dtype = torch.float32
     for dim in dims.split():
@@ -333,8 +338,8 @@ def example(
             shape.append(int(dim))
         else:
             factor, name = _factor(dim)
-            smaller = 4 if largest >= 40 else 2
-            shape.append(factor * sizes.setdefault(name, max(2, largest - smaller * len(sizes))))
+            size = _SIZES[min(len(sizes), len(_SIZES) - 1)] if largest is None else max(2, largest - 2 * len(sizes))
+            shape.append(factor * sizes.setdefault(name, size))
     return shape, dtype
 
 

@@ -122,12 +122,23 @@ def _replace(graph: Graph, match: Match) -> tuple[Node, dict[Node, Node]]:
     for old, node in replaced.items():
         node.meta.setdefault("val", old.meta["val"])
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user not in new)
+        _allow_other_strides(node)
     for node in kept:
         point.prepend(node)
     for node in reversed(inside):
         if not node.users and node not in kept:
             graph.erase_node(node)
     return call, replaced
+
+
+def _allow_other_strides(node: Node) -> None:
+    """The result of a kernel may lie in memory in another order than the model's own, of which `view` was possible:
+    `reshape` is the same where it still is, and else a copy."""
+    for user in node.users:
+        if user.op == "call_method" and user.target == "view" and not isinstance(user.args[1], torch.dtype):
+            user.target = "reshape"
+        elif user.op == "call_method" and user.target in ("transpose", "permute", "unsqueeze"):
+            _allow_other_strides(user)
 
 
 def _call(graph: Graph, target: Callable, match: Match, output: Node) -> Node:

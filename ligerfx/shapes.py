@@ -31,8 +31,12 @@ class Shapes:
         rule = _RULES.get(name)
         if rule is None or not args or not isinstance(args[0], FakeTensor):
             return None
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         device = args[0].device
+        if name in _GROUPED:  # torch knows it of bf16 fakes alone
+            sizes, dtype = rule(*args, **kwargs)
+            with self.fakes.mode:
+                return torch.empty(sizes, dtype=dtype, device=device)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         if autocast or torch.is_inference_mode_enabled():
             return None
@@ -122,6 +126,15 @@ def _cross_entropy(
     if _expressions(target.shape) != _expressions(logits.shape[:1]):
         return None
     return (), logits.dtype
+
+
+_GROUPED = ("grouped_mm", "_grouped_mm")
+
+
+@_rule(*_GROUPED)
+def _grouped_mm(x: Tensor, weight: Tensor, **_: Any) -> tuple[Sizes, torch.dtype]:
+    """Rows of x [S, K], in groups, times a matrix [K, N] for each group."""
+    return (x.shape[0], weight.shape[-1]), x.dtype
 
 
 def _expressions(sizes: Sizes) -> tuple:

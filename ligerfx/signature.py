@@ -37,8 +37,8 @@ def _flatten(value: Any, key: list, leaves: list) -> None:
     elif isinstance(value, float):
         key.append(float)
         leaves.append(value)
-    elif type(value) in (tuple, list):
-        key.append((type(value), len(value)))
+    elif type(value) in (tuple, list, torch.Size):
+        key.append((list if type(value) is list else tuple, len(value)))
         for item in value:
             _flatten(item, key, leaves)
     elif type(value) is dict:
@@ -68,7 +68,7 @@ def parameter_names(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> l
 
 
 def _names(value: Any, name: str, names: list[str]) -> None:
-    if type(value) in (tuple, list):
+    if type(value) in (tuple, list, torch.Size):
         for index, item in enumerate(value):
             _names(item, f"{name}_{index}", names)
     elif type(value) is dict:

@@ -36,6 +36,27 @@ class SizeSource(Source):
         return self.label
 
 
+class _Sizes(ShapeEnv):
+    """Symbolic sizes that stay symbols.
+
+    Python code that needs one as a number runs a loop, say, whose graph would serve a single size: that is an error,
+    and the module stays as it is. With `guessing`, questions are answered for the sizes at hand and leave no guard: for
+    code whose graph is not wanted, and which has to go on.
+    """
+
+    guessing = False
+
+    def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
+        if not sym_node.expr.is_number and not self._suppress_guards_tls():
+            if self.guessing and sym_node.hint is not None:
+                return sympy.sympify(sym_node.hint)
+            if sym_node.pytype is int:
+                raise CaptureError(
+                    f"its Python code needs the size {sym_node.expr} as a number, to loop over it perhaps"
+                )
+        return super().evaluate_sym_node(sym_node, *args, **kwargs)
+
+
 class FakeInputs:
     """Makes fake tensors whose sizes are symbols. Equal sizes get the same symbol, as torch.compile does.
 
@@ -43,7 +64,7 @@ class FakeInputs:
     """
 
     def __init__(self) -> None:
-        self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=True)
+        self.shape_env = _Sizes(specialize_zero_one=False, duck_shape=True)
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
         self.traced: dict[Any, Any] = {}  # graphs of patterns on inputs like these, which many places share
@@ -65,6 +86,13 @@ class FakeInputs:
             symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
             self._sizes[hint] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return self._sizes[hint]
+
+    def of_expression(self, size: sympy.Expr | int) -> torch.SymInt | int:
+        """The size that an expression over the symbols stands for."""
+        if isinstance(size, int) or size.is_Integer:
+            return int(size)
+        hint = int(size.subs(self.shape_env.backed_var_to_val))
+        return self.shape_env.create_symintnode(size, hint=hint)
 
     def tensor(self, value: torch.Tensor) -> torch.Tensor:
         """A fake of `value`: sizes become symbols, except the width of hidden states (the last of three or
@@ -129,6 +157,9 @@ def size_node(expr: sympy.Expr, graph: torch.fx.Graph, known: dict[sympy.Expr, A
         if not isinstance(entry, torch.fx.Node):
             entry = known[expr] = entry()
         return entry
+    if (whole := _by_a_known_part(expr, graph, known)) is not None:
+        known[expr] = whole
+        return whole
     if type(expr) not in _OPERATORS:
         raise CaptureError(f"the size {expr} does not follow from the sizes of the inputs")
     first, *rest = expr.args
@@ -138,3 +169,16 @@ def size_node(expr: sympy.Expr, graph: torch.fx.Graph, known: dict[sympy.Expr, A
         result = graph.call_function(_OPERATORS[type(expr)], (result, value))
     known[expr] = result
     return result
+
+
+def _by_a_known_part(expr: sympy.Expr, graph: torch.fx.Graph, known: dict[sympy.Expr, Any]) -> torch.fx.Node | None:
+    """`expr` by way of a size in `known` that is itself a product or a sum, where its own symbols are not known: of
+    flattened rows [B * S, H], no more than B * S."""
+    if expr.free_symbols <= known.keys():
+        return None
+    for part in [k for k in known if not k.is_Symbol and not k.is_Integer]:
+        name = sympy.Dummy(integer=True)
+        rest = expr.subs(part, name)
+        if name in rest.free_symbols and rest.free_symbols - {name} <= known.keys():
+            return size_node(rest, graph, {**known, name: size_node(part, graph, known)})
+    return None

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-_DUNDERS = [
-    f"__{prefix}{name}__"
-    for name in (
-        "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor",
-    )
-    for prefix in ("", "r")
-] + [
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor")
+_MIRRORED = {f"__{name}__": f"__r{name}__" for name in _BINARY} | {
+    f"__{name}__": f"__{other}__"
+    for name, other in (("eq", "eq"), ("ne", "ne"), ("lt", "gt"), ("gt", "lt"), ("le", "ge"), ("ge", "le"))
+}
+_DUNDERS = [*_MIRRORED, *(f"__r{name}__" for name in _BINARY)] + [
     f"__{name}__"
     for name in (
-        "eq", "ne", "lt", "le", "gt", "ge", "hash", "bool", "neg", "pos", "abs", "int", "float", "index",
+        "hash", "bool", "neg", "pos", "abs", "int", "float", "index",
         "round", "trunc", "floor", "ceil", "invert", "str", "repr", "format",
     )
 ]  # fmt: skip
@@ -28,7 +27,14 @@ def _watched(base: type, name: str) -> Any:
 
     def method(self: Any, *args: Any) -> Any:
         self.used = True
-        return original(self, *args)
+        result = original(self, *args)
+        if result is NotImplemented and name in _MIRRORED:  # a symbolic size, which takes ordinary numbers alone
+            mirrored = getattr(type(args[0]), _MIRRORED[name], None)
+            return NotImplemented if mirrored is None else mirrored(args[0], plain(self))
+        if result is NotImplemented and name in _MIRRORED.values():
+            direct = getattr(type(args[0]), f"__{name[3:]}", None)
+            return NotImplemented if direct is None else direct(args[0], plain(self))
+        return result
 
     method.__name__ = name
     return method

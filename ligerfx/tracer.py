@@ -41,7 +41,8 @@ from .capture import (
 from .clone import clone_tree
 from .dissolve import may_dissolve
 from .errors import CaptureError
-from .leaves import CACHE_INDEX, leaf_functions
+from .leaves import CACHE_INDEX, is_kernel, leaf_functions
+from .probes import probed
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
 from .shapes import Shapes
 from .sharded import torchs_own_linear, whole_parameters, wrapped_module
@@ -83,6 +84,7 @@ class _Frame:
         self.entry_mode = _mode()
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
+        self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
 
     def fail(self, reason: str) -> None:
         self.capture.error = self.capture.error or reason
@@ -131,6 +133,7 @@ class Tracer(TorchFunctionMode):
         self._real: dict[int, nn.Module] = {}  # id(shadow) -> module
         self._finished: dict[tuple, list[Capture]] = {}  # by structure and call
         self._structures: dict[int, tuple] = {}
+        self._hopeless: dict[int, str] = {}  # id(shadow) -> why its forward gives no output on fakes
 
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> Capture:
         """Runs the root on fake versions of the given inputs and returns its capture."""
@@ -226,9 +229,14 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.paused or not self.frames:
-            if self.guessing and name in _GUESSES:
-                return _GUESSES[name]
+            if self.guessing and (guess := _guessed(name, args, kwargs)) is not None:
+                return guess
             return self._run(func, name, args, kwargs)
+        if self.frames[-1].guessing:
+            if (guess := _guessed(name, args, kwargs)) is not None:
+                return guess
+            with self.fakes.shape_env.suppress_guards():
+                return self._run(func, name, args, kwargs)
         if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
@@ -353,14 +361,17 @@ class Tracer(TorchFunctionMode):
         frame = self.frames[-1]
         try:
             with self._pause():
-                out = function(*args, **kwargs)
+                told, out = probed(function, args, kwargs, self.fakes) if is_kernel(function) else (False, None)
+                out = out if told else function(*args, **kwargs)
         except Exception as error:  # it looks at the data, as the mask for flash attention does: the layers do not
             frame.fail(describe_error(error))
             with self._pause(guess=True):
                 out = function(*args, **kwargs)
         frame.recorded_modes.add(_mode())
         if out is None:
-            frame.fail(f"{function.__name__} returned None, which may depend on the data")
+            if any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in (*args, *kwargs.values())):
+                frame.fail(f"{function.__name__} returned None, which may depend on the data")
+            return None  # of hidden states, only the kind is looked at
         node = self._record(frame, "call_function", function, args, kwargs, out)
         if node is not None:
             node.meta["leaf"] = True
@@ -392,6 +403,15 @@ class Tracer(TorchFunctionMode):
                 yield
         finally:
             self.paused, self.guessing = before
+
+    @contextlib.contextmanager
+    def _guess_sizes(self, guess: bool) -> Iterator[None]:
+        sizes = self.fakes.shape_env
+        before, sizes.guessing = sizes.guessing, guess
+        try:
+            yield
+        finally:
+            sizes.guessing = before
 
     def _log_write(self, shadow: nn.Module, name: str) -> None:
         """A graph has no side effects: a module whose forward sets an attribute runs as it is."""
@@ -473,6 +493,7 @@ class Tracer(TorchFunctionMode):
     def _capture_module(
         self, shadow: nn.Module, forward: Callable, path: str, args: tuple, kwargs: dict
     ) -> tuple[Capture, Any]:
+        args, kwargs = _with_traced_numbers(args), _with_traced_numbers(kwargs)
         key, leaves = call_key(args, kwargs)
         capture = Capture(path, key, torch.fx.Graph(), leaf_values=leaves)
         if not self.frames:
@@ -483,16 +504,24 @@ class Tracer(TorchFunctionMode):
                 frame.reads["", names] = Alias("", *(self._relative(frame, name) for name in names))
         with self._pause():  # looking at sizes here is not the caller's doing
             placeholders = self._placeholders(frame, forward, args, kwargs, leaves)
+        if id(shadow) in self._hopeless:
+            raise CaptureError(self._hopeless[id(shadow)])
         guards_before = len(self.fakes.shape_env.guards)
         self.frames.append(frame)
         try:
-            out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
+            with self._guess_sizes(False):
+                out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
         except Exception as error:
             frame.fail(describe_error(error))
-            if len(self.frames) == 1:
+            frame.guessing = True  # the caller's graph, and those of the modules inside, may be good all the same
+            try:
+                with self._guess_sizes(True):
+                    out = forward(shadow, *args, **kwargs)
+                if _is_empty(out):  # what was guessed to be empty was an output
+                    raise CaptureError(frame.capture.error)
+            except Exception:
+                self._hopeless[id(shadow)] = frame.capture.error
                 raise
-            with self._pause(guess=True):  # the caller's graph may be good all the same
-                out = forward(shadow, *args, **kwargs)
         finally:
             self.frames.pop()
             capture.guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]
@@ -605,8 +634,6 @@ class Tracer(TorchFunctionMode):
         """The capture of an identical module called the same way, and a fresh copy of its output."""
         key, leaves = call_key(args, kwargs)
         for capture in self._finished.get((structure(real, self._structures), key), ()):
-            if capture.error:
-                continue
             with self._pause():  # looking at sizes here is not the model's doing
                 same = (
                     all(_same_input(a, b) for a, b in zip(capture.leaf_values, leaves, strict=True))
@@ -657,6 +684,16 @@ def _target(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[str, Any, 
     return "call_function", func, args, kwargs
 
 
+def _guessed(name: str, args: tuple, kwargs: dict) -> Any:
+    """An answer to a question about the data of a fake: 0, False, or that no element is meant. None for others."""
+    if name == "nonzero" or (name == "where" and len(args) == 1):
+        rank = args[0].ndim
+        if name == "where" or kwargs.get("as_tuple"):
+            return tuple(args[0].new_empty((0,), dtype=torch.int64) for _ in range(rank))
+        return args[0].new_empty((0, rank), dtype=torch.int64)
+    return _GUESSES.get(name)
+
+
 def _is_foreign(value: Any) -> bool:
     return not isinstance(value, (torch.Tensor, *PLAIN, torch.SymInt))
 
@@ -667,6 +704,22 @@ def _with_stand_ins(value: Any, frame: _Frame) -> Any:
     if type(value) is dict:
         return {k: _with_stand_ins(v, frame) for k, v in value.items()}
     return frame.stand_ins.get(id(value), value)
+
+
+def _with_traced_numbers(value: Any) -> Any:
+    """A call in which each number is an object of its own, that knows whether forward computes with it. (Equal small
+    ints are one object: what stands for one in a graph would stand for all.)"""
+    if type(value) in (tuple, list, torch.Size):
+        return (list if type(value) is list else tuple)(_with_traced_numbers(v) for v in value)
+    if type(value) is dict:
+        return {k: _with_traced_numbers(v) for k, v in value.items()}
+    return {int: TracedInt, float: TracedFloat}.get(type(value), lambda v: v)(value)
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_is_empty(v) for v in value)
+    return isinstance(value, torch.Tensor) and any(expression(size) == 0 for size in value.shape)
 
 
 def _holds_tensor(value: Any) -> bool:

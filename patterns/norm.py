@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from ligerfx.kernels import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from ligerfx.pattern import Pattern, pattern
 
@@ -47,4 +49,15 @@ def _added(name: str, kind: dict) -> Pattern:
     return pattern(replace=partial(add_rms_norm, **kind), idioms=["rms_norm"])(added)
 
 
+def _rms_norm_without_weight(x, eps):
+    return rms_norm(x, x.new_ones(x.shape[-1]), eps)
+
+
+@pattern(replace=_rms_norm_without_weight, idioms=["rms_norm"])
+def rms_norm_without_weight(x: "... H", *, eps: float):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 PATTERNS = [make(name, kind) for make in (_added, _forked, _plain) for name, kind in KINDS.items()]
+PATTERNS.append(rms_norm_without_weight)

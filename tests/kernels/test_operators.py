@@ -122,8 +122,8 @@ def _operator_calls(device):
     q, k = (torch.randn(2, 5, n, 16, device=device).transpose(1, 2) for n in (4, 2))
     cos, sin = _tables(device)
     half = torch.float16
-    yield ops.rope, (q, k, cos, sin, torch.float32, half, None, None, 1, False)
-    yield ops.rope, (q, k, cos, sin, None, half, None, [160, 80, 16, 1], 1, True)
+    yield ops.rope, (q, k, cos, sin, torch.float32, half, None, None, False, 1, "halves", False)
+    yield ops.rope, (q, k, cos, sin, None, half, None, [160, 80, 16, 1], True, 1, "neighbours", False)
     norms = torch.randn(2, 16, device=device).unbind()
     norm_rope_inputs = (q, k, *norms, cos, sin)
     yield ops.norm_rope, (*norm_rope_inputs, 1e-6, 0.0, False, 1)

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -37,6 +39,48 @@ def _matches(assert_matches, inputs):
 )
 def test_matches_reference(device, poison, assert_matches, sizes):
     _matches(assert_matches, _inputs(device, **sizes))
+
+
+VARIANTS = [
+    {"half_tables": True},
+    {"pairs": "neighbours"},
+    {"pairs": "neighbours", "half_tables": True},
+    {"pairs": "neighbours_to_halves", "half_tables": True},
+]
+
+
+def _variant(options):
+    return functools.partial(rope, **options), functools.partial(rope_reference, **options)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("width, rotated", [(16, 16), (20, 8), (7, 4)])
+@pytest.mark.parametrize("heads_last", [False, True])
+def test_pairs_and_tables(device, poison, assert_matches, options, width, rotated, heads_last):
+    q, k, cos, sin = _inputs(device, width=width, rotated=rotated)
+    if options.get("half_tables"):
+        cos, sin = cos[..., : rotated // 2], sin[..., : rotated // 2]
+    inputs = [t.transpose(1, 2) if heads_last else t for t in (q, k, cos, sin)]
+    assert_matches(*_variant(options), inputs, fixed=(2, 3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_pairs_in_16_bit(device, poison, assert_as_accurate, options):
+    inputs = _inputs(device, rotated=16 if "half_tables" not in options else 8, dtype=torch.float16)
+    assert_as_accurate(*_variant(options), inputs, fixed=(2, 3))
+
+
+def test_pairs_say_the_same():
+    """The reference is one rotation, written in four orders of elements."""
+    q, k, cos, sin = _inputs("cpu", rotated=8)
+    expected = rope_reference(q, k, cos.repeat(1, 1, 1, 2), sin.repeat(1, 1, 1, 2))
+    order = torch.arange(16).view(2, 8).t().flatten()  # from halves to neighbours
+    for options in VARIANTS:
+        full = "half_tables" not in options
+        tables = [t.repeat_interleave(2, -1) if full else t for t in (cos, sin)]
+        inputs = [x[..., order] if "pairs" in options else x for x in (q, k)]
+        for found, wanted in zip(rope_reference(*inputs, *tables, **options), expected, strict=True):
+            torch.testing.assert_close(found, wanted[..., order] if options.get("pairs") == "neighbours" else wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -135,5 +179,11 @@ def test_errors():
             function(q, k, cos[..., :7], sin[..., :7])
         with pytest.raises(ValueError, match="cos must be"):
             function(q, k, cos[:, :, :4], sin[:, :, :4])
+        with pytest.raises(ValueError, match="sideways"):
+            function(q, k, cos, sin, pairs="sideways")
+        with pytest.raises(ValueError, match="half_tables"):
+            function(q, k, cos, sin, pairs="neighbours_to_halves")
+        with pytest.raises(ValueError, match="head size"):
+            function(q, k, cos, sin, half_tables=True)
         with pytest.raises(TypeError, match="int64"):
             function(q.long(), k, cos, sin)

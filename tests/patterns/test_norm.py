@@ -380,7 +380,7 @@ NEVER = {
     "fourth root": (with_variance(lambda x: x.pow(2).mean(-1, True), lambda v: v**-0.25), "found -0.25"),
     "layer norm": (layer_norm, "expected mean(x**2, (-1)), found var"),
     "variance of a half": (
-        with_variance(lambda x: x[..., : H // 2].pow(2).mean(-1, True)), "x = slice(x, -1, 0, 4)",
+        with_variance(lambda x: x[..., : H // 2].pow(2).mean(-1, True)), "x = slice(x, -1, 1, 0, 4)",
     ),
     "variance of something else": (with_variance(lambda x: x.flip(-1).pow(2).mean(-1, True)), "x = flip"),
     "eps is a tensor": (eps_is_a_tensor, "eps: expected a constant"),
@@ -397,10 +397,8 @@ def test_another_formula_is_not_rewritten(optimise, name):
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (3, H), (2, 3, 1)], ids=str)
-def test_weight_of_another_shape_is_not_rewritten(optimise, shape):
-    report = optimise(Norm(llama, shape=shape), inputs(2, 3), [])
-    (miss,) = report.near_misses
-    assert "weight: expected" in miss.reason
+def test_weight_of_another_shape_stays_outside(optimise, shape):
+    optimise(Norm(llama, shape=shape), inputs(2, 3), ["rms_norm_without_weight"], rtol=1e-6)
 
 
 def mean_subtracted(x, w, eps):

@@ -1,0 +1,127 @@
+"""What `benchmarks.zoo` found, as a line, a summary and the pages docs/coverage.md and docs/coverage.json."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .environment import environment
+
+SITES = {"rms_norm": "RMSNorm", "glu": "GLU", "rope": "RoPE", "loss": "loss"}
+Result = dict[str, Any]
+
+
+def is_right(result: Result) -> bool:
+    other, ratio = result["other_shape"], result["bf16"].get("ratio", {})
+    return not result["fp32"] and (isinstance(other, str) or not other) and all(r <= 1.1 for r in ratio.values())
+
+
+def is_complete(result: Result) -> bool:
+    """Whether nothing is amiss with a model: all of it captured, every site rewritten, the numbers right."""
+    if "sites" not in result or result["opaque"] or not is_right(result):
+        return False
+    return all(result["rewritten"][site] >= count for site, count in result["sites"].items())
+
+
+def line(name: str, result: Result) -> str:
+    """One model in the terminal."""
+    for problem in ("not built", "crashed"):
+        if problem in result:
+            return f"{name:28} {problem.upper()} {result[problem][:150]}"
+    sites = "  ".join(f"{title} {_share(result, site)}" for site, title in SITES.items())
+    verdict = "right" if is_right(result) else f"WRONG {_wrong(result)}"
+    return f"{name:28} {sites}  {result['seconds']:.1f} s  {verdict}  {_opaque(result)}"
+
+
+def summary(results: dict[str, Result]) -> str:
+    ran = [result for result in results.values() if "sites" in result]
+    captured = sum(result["captured"] for result in ran)
+    whole = sum(not result["opaque"] for result in ran)
+    parts = [
+        f"{len(ran)} of {len(results)} models built and run, {captured} captured ({whole} of them whole), "
+        f"{sum(not is_right(result) for result in ran)} wrong, "
+        f"{sum('crashed' in result for result in results.values())} crashed; rewritten:"
+    ]
+    for site, title in SITES.items():
+        total = sum(result["sites"][site] for result in ran)
+        done = sum(min(result["rewritten"][site], result["sites"][site]) for result in ran)
+        parts.append(f"{title} {done} of {total} ({done / max(total, 1):.0%}),")
+    slowest = max(ran, key=lambda result: result["seconds"], default=None)
+    seconds = sorted(result["seconds"] for result in ran)
+    if slowest:
+        parts.append(
+            f"optimize takes {seconds[len(seconds) // 2]:.1f} s in the median, {slowest['seconds']:.1f} s at most"
+        )
+    return " ".join(parts)
+
+
+def write(table: Path, data: Path, results: dict[str, Result]) -> None:
+    data.write_text(json.dumps({"environment": environment(), "models": results}, indent=1, sort_keys=False) + "\n")
+    table.write_text("\n".join(_page(results)) + "\n")
+
+
+def _page(results: dict[str, Result]) -> list[str]:
+    versions = environment()
+    page = [
+        "# Coverage",
+        "",
+        "<!-- Written by `python -m benchmarks.zoo`. -->",
+        "",
+        f"Every entry of the causal-LM mapping of transformers {versions['transformers']} (torch {versions['torch']}), "
+        "as a tiny random model on the CPU, where the plain PyTorch references of the kernels run. "
+        f"{summary(results)}.",
+        "",
+        "Sites are counted without ligerfx, by the classes of the modules that run and by the functions that the "
+        "model's own code calls: a module that is an RMSNorm, one that multiplies an activation with something, one "
+        "that rotates q and k, a call of cross entropy. A column shows how many of them were rewritten. *fp32* says "
+        "whether loss, logits and every gradient are within 1e-5 of the original's, at the shape of the capture and at "
+        "another one; *bf16* whether they are no further than 1.1 times the original's own error from fp32. "
+        "*s* is the time of `optimize`.",
+        "",
+        "| model | captured | RMSNorm | GLU | RoPE | loss | fp32 | bf16 | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results.items():
+        if "sites" not in result:
+            continue
+        captured = "no" if not result["captured"] else "in part" if result["opaque"] else "yes"
+        shares = [_share(result, site) for site in SITES]
+        other = result["other_shape"]
+        fp32 = "equal" if not result["fp32"] and (isinstance(other, str) or not other) else "WRONG"
+        bf16 = "equal" if all(r <= 1.1 for r in result["bf16"].get("ratio", {}).values()) else "WRONG"
+        page.append(f"| {name} | {captured} | {' | '.join(shares)} | {fp32} | {bf16} | {result['seconds']:.1f} |")
+    page += _list("Not built", {n: r["not built"] for n, r in results.items() if "not built" in r})
+    page += _list("Crashed", {n: r["crashed"] for n, r in results.items() if "crashed" in r})
+    page += _list("Modules that stay as they are", {n: _opaque(r) for n, r in results.items() if r.get("opaque")})
+    misses = Counter((pattern, reason) for r in results.values() for pattern, _, _, reason in r.get("near_misses", ()))
+    if misses:
+        page += ["", "## Near misses", "", "| models | pattern | why not |", "|---|---|---|"]
+        page += [f"| {n} | {pattern} | {_cell(reason)} |" for (pattern, reason), n in misses.most_common()]
+    return page
+
+
+def _list(title: str, items: dict[str, str]) -> list[str]:
+    rows = [f"- {name}: {_cell(text)}" for name, text in items.items()]
+    return ["", f"## {title}", "", *rows] if rows else []
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _share(result: Result, site: str) -> str:
+    done, count = result["rewritten"][site], result["sites"][site]
+    return "-" if not done and not count else f"{done}/{count}"
+
+
+def _opaque(result: Result) -> str:
+    reasons: dict[str, list[str]] = {}
+    for path, reason in result["opaque"].items():
+        reasons.setdefault(reason, []).append(path)
+    return "; ".join(
+        f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {r}" for r, paths in reasons.items()
+    )
+
+
+def _wrong(result: Result) -> str:
+    return json.dumps({key: result[key] for key in ("fp32", "other_shape", "bf16")})[:300]

@@ -1,0 +1,144 @@
+"""What `optimize` does to one model of the zoo: what is captured and rewritten, whether the numbers are the same."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+import zoo
+from sites import counted
+from torch import Tensor, nn
+
+import ligerfx
+
+SHAPE, OTHER_SHAPE = (2, 9), (3, 14)
+BATCHES = 4
+TIGHT = 1e-5
+"""Relative to the largest element: the tolerance of fp32 where the bits differ."""
+
+IDIOMS = {
+    "rms_norm": ("rms_norm",),
+    "glu": ("glu",),
+    "rope": ("rope",),
+    "loss": ("linear_cross_entropy", "cross_entropy"),
+}
+"""Which idioms of a report count as which sites."""
+
+
+def check(name: str) -> dict[str, Any]:
+    """Everything about one model, as JSON. Raises what building or running the original model raises."""
+    model = zoo.build(name)
+    inputs = zoo.example(model, *SHAPE)
+    result: dict[str, Any] = {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    with counted(model) as sites:
+        expected = run(model, inputs)
+    result["sites"] = sites.total
+    result["repeats"] = not differences(expected, run(model, inputs))
+
+    start = time.perf_counter()
+    optimised = ligerfx.optimize(model, inputs)
+    result["seconds"] = round(time.perf_counter() - start, 2)
+    report = optimised.report
+    result["captured"] = "" not in report.opaque
+    result["opaque"] = {path or "(model)": reason for path, reason in report.opaque.items()}
+    result["rewritten"] = {
+        site: sum(report.idioms.get(idiom, 0) for idiom in idioms) for site, idioms in IDIOMS.items()
+    }
+    result["patterns"] = dict(Counter(rewrite.pattern for rewrite in report.rewrites))
+    result["near_misses"] = sorted({(m.pattern, _folded(m.module), m.source, m.reason) for m in report.near_misses})
+
+    result["fp32"] = differences(expected, run(optimised, inputs))
+    other = zoo.example(model, *OTHER_SHAPE, seed=1)
+    try:
+        expected_other = run(model, other)
+    except Exception as error:
+        result["other_shape"] = f"the model itself fails: {type(error).__name__}: {str(error)[:200]}"
+    else:
+        result["other_shape"] = differences(expected_other, run(optimised, other))
+    result["recaptured"] = sum(map(len, optimised._ligerfx_programs.values())) > 1
+    result["bf16"] = low_precision(name, inputs)
+    return result
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Loss, logits and gradients by name of one forward and backward."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    output = model(**copy.deepcopy(inputs))
+    values = {"loss": output.loss.detach() + 0}
+    output.loss.sum().backward()
+    if isinstance(getattr(output, "logits", None), Tensor):
+        values["logits"] = output.logits.detach() + 0
+    for parameter, tensor in model.named_parameters():
+        if tensor.grad is not None:
+            values[parameter] = tensor.grad
+    model.zero_grad(set_to_none=True)
+    return values
+
+
+def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float | str]:
+    """By name, what is further off than `TIGHT`; {} where everything is equal. NaN where the model itself gives NaN
+    is equal."""
+    wrong: dict[str, float | str] = {}
+    for name in expected.keys() | found.keys():
+        if name not in found or name not in expected:
+            wrong[name] = "missing" if name in expected else "should not be there"
+            continue
+        a, b = found[name], expected[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            wrong[name] = f"{a.dtype} {list(a.shape)} instead of {b.dtype} {list(b.shape)}"
+        elif not torch.equal(a.nan_to_num(), b.nan_to_num()) or not torch.equal(a.isnan(), b.isnan()):
+            off = ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+            if not off <= TIGHT:
+                wrong[name] = off
+    return wrong
+
+
+def low_precision(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Errors in bf16 of the optimised model and of the original, both against fp32, over all gradients together."""
+    original = zoo.build(name, torch.bfloat16)
+    truth_model = zoo.build(name)
+    with torch.no_grad():  # the same weights: those that bf16 can hold
+        for truth, rounded in zip(truth_model.parameters(), original.parameters(), strict=True):
+            truth.copy_(rounded)
+    try:
+        eager = run(original, inputs)
+    except Exception as error:
+        return {"fails": f"the model itself fails: {type(error).__name__}: {str(error)[:200]}"}
+    optimised = ligerfx.optimize(original, inputs)
+    ours = run(optimised, inputs)
+    if eager.keys() == ours.keys() and all(torch.equal(eager[n], ours[n]) for n in eager):
+        return {"same bits": True}
+    squares = []
+    for seed in range(BATCHES):  # one batch may by chance be closer in one of them
+        batch = zoo.example(original, *SHAPE, seed=seed)
+        truth = run(truth_model, batch)
+        squares.append([_errors(run(candidate, batch), truth) for candidate in (original, optimised)])
+    eager_errors, our_errors = (
+        {kind: (sum(pair[i][kind] ** 2 for pair in squares) / BATCHES) ** 0.5 for kind in squares[0][i]}
+        for i in range(2)
+    )
+    ratio = {kind: our_errors[kind] / max(eager_errors[kind], 1e-3) for kind in eager_errors}
+    return {"eager": eager_errors, "ours": our_errors, "ratio": ratio}
+
+
+def _errors(values: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    off = {
+        name: ((values[name].float() - t).norm() / t.norm().clamp_min(1e-12)).item()
+        for name, t in truth.items()
+        if name in values and t.norm() > 0
+    }
+    gradients = [e for name, e in off.items() if name not in ("loss", "logits")]
+    mean = (sum(e * e for e in gradients) / max(len(gradients), 1)) ** 0.5
+    return {"loss": off.get("loss", 0.0), "logits": off.get("logits", 0.0), "gradients": mean}
+
+
+def _folded(path: str) -> str:
+    return re.sub(r"\.\d+", ".*", path) or "(model)"

@@ -36,8 +36,16 @@ def add_rms_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch `add_rms_norm`."""
     check_rms_norm("add_rms_norm", x, weight, cast, residual)
+    x, residual = _contiguous_first(x, residual)
     h = x if residual is None else x + residual
     return rms_norm_reference(h, weight, eps, offset=offset, cast=cast), h
+
+
+def _contiguous_first(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The summands, of which the first decides how the sum lies in memory: model code may take a `view` of it, which
+    is always possible of a contiguous one."""
+    swap = residual is not None and residual.is_contiguous() and not x.is_contiguous()
+    return (residual, x) if swap else (x, residual)
 
 
 # Kernels work on tiles [ROWS, BLOCK] of an [n_rows, H] tensor. Either a tile holds some short rows, or a row takes
@@ -487,6 +495,7 @@ def add_rms_norm(
         TypeError: if an input is not floating point.
     """
     check_rms_norm("add_rms_norm", x, weight, cast, residual)
+    x, residual = _contiguous_first(x, residual)
     if not use_triton(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps, offset=offset, cast=cast)
     return _AddRMSNorm.apply(x, residual, weight, float(eps), float(offset), cast == "after_weight")

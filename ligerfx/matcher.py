@@ -507,7 +507,7 @@ class _Unifier:
             self._fail(p, t)
             return
         if len(have.args) != len(want.args):
-            if self._done or want.op != "linear":  # a linear layer by itself is no sign of an idiom
+            if self._done or want.op not in ("linear", "stack"):  # neither by itself is a sign of an idiom
                 count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
                 self.note(max(self._progress, NEARLY + 0.1), count)
             return
@@ -667,24 +667,16 @@ _VIEWS = {
 """Operations whose result may share memory with what they are given."""
 
 
-_MERGED = {
-    "view", "transpose", "permute", "t", "swapaxes", "expand", "unsqueeze", "squeeze", "getitem", "select", "narrow",
-    "chunk", "split", "unbind",
-}  # fmt: skip
-"""Operations that give the same memory again if they are done again."""
-
-
 def _merge_equal_views(graph: Graph) -> None:
-    """Makes one node of views that look at one value in one way: models take a table apart once for q and once for k,
-    and an idiom has one input of each."""
+    """Makes one node of equal views with a dimension more: models let a table broadcast once for q and once for k, and
+    an idiom has one input of each."""
     first: dict[tuple, Node] = {}
     for node in graph.nodes:
-        if node.op not in ("call_function", "call_method") or op_name(node) not in _MERGED:
+        index = node.args[1] if op_name(node) == "getitem" else ()
+        broadcasts = op_name(node) == "unsqueeze" or (isinstance(index, tuple) and None in index)
+        if not broadcasts or len(node.all_input_nodes) > 1:  # an index may be a tensor, which makes a copy
             continue
-        if op_name(node) == "getitem" and any(isinstance(i, Node) for i in node.all_input_nodes[1:]):
-            continue  # an index may be a tensor, which makes a copy
-        key = node.target, repr(node.args), repr(node.kwargs)
-        other = first.setdefault(key, node)
+        other = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if other is not node:
             node.replace_all_uses_with(other)
             graph.erase_node(node)

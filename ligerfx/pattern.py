@@ -34,8 +34,6 @@ from .tracer import Tracer
 KINDS = {"int": torch.int64, "complex": torch.complex64}
 """What a dimension string may begin with, where the tensor is not of floating-point numbers."""
 
-_SIZES = (120, 52, 22, 10, 6, 4, 2)
-
 _EXAMPLES: dict[str, Any] = {"float": 0.4375, "int": -100, "str": "mean"}
 
 
@@ -321,10 +319,10 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
 
 
 def example(
-    dims: str, sizes: dict[str, int], leading: Sequence[int] = (2, 6), largest: int | None = None
+    dims: str, sizes: dict[str, int], leading: Sequence[int] = (2, 6), largest: int = 120
 ) -> tuple[list[int], torch.dtype]:
     """A shape and dtype for a dimension string; each name gets an even size of its own, later ones
-    smaller: less than half, if nothing is said of the largest."""
+    less than half."""
     shape: list[int] = []
     dtype = torch.float32
     for dim in dims.split():
@@ -338,7 +336,7 @@ def example(
             shape.append(int(dim))
         else:
             factor, name = _factor(dim)
-            size = _SIZES[min(len(sizes), len(_SIZES) - 1)] if largest is None else max(2, largest - 2 * len(sizes))
+            size = max(2, 2 * int(largest * 0.43 ** len(sizes) / 2))
             shape.append(factor * sizes.setdefault(name, size))
     return shape, dtype
 

@@ -45,12 +45,13 @@ class _Sizes(ShapeEnv):
     """
 
     guessing = False
+    counting = False  # an operation asks how many pieces it gives: that may become a guard
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if not sym_node.expr.is_number and not self._suppress_guards_tls():
             if self.guessing and sym_node.hint is not None:
                 return sympy.sympify(sym_node.hint)
-            if sym_node.pytype is int:
+            if sym_node.pytype is int and not (self.counting and not sym_node.expr.is_symbol):
                 raise CaptureError(
                     f"its Python code needs the size {sym_node.expr} as a number, to loop over it perhaps"
                 )

@@ -242,7 +242,11 @@ class Tracer(TorchFunctionMode):
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
         # real tensors, at run time. Guards raised by the model's own Python are kept.
         if name in _COUNTING:
-            out = func(*args, **kwargs)
+            self.fakes.shape_env.counting = True
+            try:
+                out = func(*args, **kwargs)
+            finally:
+                self.fakes.shape_env.counting = False
         else:
             with self.fakes.shape_env.suppress_guards():
                 out = self._run(func, name, args, kwargs)

@@ -557,3 +557,47 @@ def test_another_thread_runs_a_model_while_one_is_captured():
         stop.set()
         thread.join()
     assert losses and all(torch.equal(loss, expected) for loss in losses)
+
+
+class Positions(nn.Module):
+    """An int that is handed in, computed with, and equal to a literal of the same forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.weight = nn.Parameter(torch.randn(30, H)), nn.Parameter(torch.randn(H))
+
+    def forward(self, x, past):
+        h = x + self.table[torch.arange(past, past + x.shape[1])].unsqueeze(0)
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_number_that_a_module_hands_on():
+    """A graph captured with 0 does not serve 5, and 0 in it is not that number."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Positions()
+
+        def forward(self, x, cache=None):
+            return self.inner(x, 0 if cache is None else 5)
+
+    module = Outer()
+    optimised = ligerfx.optimize(module, (x(2, 3),))
+    assert optimised.report.idioms == {"rms_norm": 1}
+    assert_equal(optimised, module, x(2, 3))
+    assert_equal(optimised, module, x(2, 3), 1)
+    for past in (0, 3, 5):
+        assert_equal(optimised.inner, module.inner, x(2, 4), past)
+
+
+def test_modules_inside_one_that_branches_on_data_are_captured():
+    def function(self, x):
+        if x.sum() > 0:
+            return self.linear(x)
+        return self.linear(x) + len([row for row in x.abs().flatten(0, 1) if row.any()])
+
+    module = Block(function)
+    optimised = ligerfx.optimize(module, (x(2, 3),))
+    assert "" in optimised.report.opaque and optimised.report.idioms == {"rms_norm": 2}
+    assert_equal(optimised, module, x(2, 3))

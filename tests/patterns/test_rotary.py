@@ -434,3 +434,26 @@ def test_q_used_again_before_k_is_there(optimise, assert_same):
 
     q, _, cos, sin = call()
     optimise(Module(), [q, cos, sin], ["rotary_alone"] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_norm_of_one_plus_weight_before_the_rotation(optimise, transposed):
+    """Which norm it is goes on to the kernel, whether the heads are transposed before or after it."""
+
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+
+        def forward(self, q, k, cos, sin):
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            heads = []
+            for x, w in ((q, self.q), (k, self.k)):
+                x = x if transposed else x.transpose(1, 2)
+                h = x.float()
+                h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + w.float())
+                heads.append(standard(h.type_as(x).transpose(1, 2) if transposed else h.type_as(x), cos, sin))
+            return tuple(heads)
+
+    q, k, cos, sin = call()
+    optimise(Module(), [q.transpose(1, 2), k.transpose(1, 2), cos, sin], ["rms_norm_one_plus_weight_rotary"], rtol=1e-6)

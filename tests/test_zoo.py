@@ -14,10 +14,9 @@ SAMPLE = {
     "gpt_oss": {"glu": 0},  # tables of half the width; a clamped GLU, which stays
     "llama4_text": {},  # complex rotation, norms without weight
     "longcat_flash": {"glu": 4},  # experts in a loop over those that were chosen, which stay
-    "minimax_m3_vl_text": {"glu": 0},  # QK-norm of 1 + w
     "mixtral": {},  # experts as grouped matrix products
     "nanochat": {},  # rotates the other way round
-    "gemma3n_text": {},  # one tensor rotates alone; the model around stays as it is
+    "gemma4_text": {},  # one tensor rotates alone; the model around stays as it is
     "mamba": {},  # a scan
     "gpt2": {},  # nothing but the loss
 }

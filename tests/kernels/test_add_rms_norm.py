@@ -60,10 +60,18 @@ def test_mixed_dtypes(device, poison, assert_as_accurate, wide, cast):
     assert_as_accurate(*_pair(cast=cast), inputs, slack=1e-4)
 
 
+def test_a_contiguous_summand_decides_the_layout(device, poison, assert_matches):
+    x = torch.randn(2, 5, 3, 16, device=device).transpose(1, 2)
+    r, weight = torch.randn(2, 3, 5, 16, device=device), torch.randn(16, device=device)
+    for summands in ((x, r), (r, x)):
+        assert_matches(*_pair(), [*summands, weight])
+        assert all(out.is_contiguous() for out in add_rms_norm(*summands, weight))
+
+
 @pytest.mark.parametrize("residual", [True, False], ids=["add", "fork"])
 def test_dense_permutation_keeps_its_strides(device, poison, assert_matches, residual):
     x = torch.randn(2, 5, 3, 16, device=device).transpose(1, 2)
-    r = torch.randn(2, 3, 5, 16, device=device) if residual else None
+    r = torch.randn_like(x) if residual else None
     weight = torch.randn(16, device=device)
     assert_matches(*_pair(), [x, r, weight])
     leaf = x.detach().requires_grad_()

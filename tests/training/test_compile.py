@@ -161,7 +161,7 @@ def masked(model, length, **inputs):
     torch.compiler.reset()
     backend = Recorded()
     ids = torch.arange(length * 2).view(2, length) % 200
-    inputs = {"input_ids": ids, "labels": ids, **inputs}
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False, **inputs}
     compiled = torch.compile(ligerfx.optimize(model), backend=backend)
     torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-6, atol=0)
     return [mask is not None for mask in backend.masks()]
@@ -175,7 +175,7 @@ def test_masks_are_built_where_they_are_needed(references):
     padding[0, 4:] = 0
     assert masked(llama, 6, attention_mask=padding) == [True, True]
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
-    assert masked(llama, 6, position_ids=packed, use_cache=False) == [True, True]  # with a cache, it is not packed
+    assert masked(llama, 6, position_ids=packed) == [True, True]
     gemma = make("gemma3")  # a layer with a sliding window, and one without
     window = gemma.config.sliding_window
     assert masked(gemma, window - 1) == [False, False]

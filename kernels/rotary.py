@@ -27,11 +27,11 @@ def rope_reference(
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         turned, rest = x[..., :rotated], x[..., rotated:]
-        x1, x2 = _paired(turned, pairs)
         if half_tables:
+            x1, x2 = _paired(turned, pairs)
             turned = _joined(x1 * cos - x2 * sin, x2 * cos + x1 * sin, pairs)
         else:
-            turned = (turned * cos) + (_joined(-x2, x1, pairs) * sin)
+            turned = (turned * cos) + (_exchanged(turned, pairs) * sin)
         return turned if rotated == x.shape[-1] else torch.cat([turned, rest], dim=-1)
 
     return apply(q), apply(k)
@@ -41,6 +41,12 @@ def _paired(x: torch.Tensor, pairs: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The first and the second elements of all pairs."""
     half = x.shape[-1] // 2
     return (x[..., :half], x[..., half:]) if pairs == "halves" else (x[..., 0::2], x[..., 1::2])
+
+
+def _exchanged(x: torch.Tensor, pairs: str) -> torch.Tensor:
+    """(a, b) becomes (-b, a) in each pair."""
+    x1, x2 = _paired(x, pairs)
+    return _joined(-x2, x1, pairs)
 
 
 def _joined(x1: torch.Tensor, x2: torch.Tensor, pairs: str) -> torch.Tensor:

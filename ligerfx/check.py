@@ -56,7 +56,7 @@ def check_pattern(pattern: Pattern, device: torch.device | str = "cpu") -> int:
         PatternError: the function cannot be traced; the replacement takes other names; it fails, writes to its inputs,
             or differs in an output or a gradient by more than rounding explains; or there is no input to compare on.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> def double(x):
         ...     return x + x
@@ -66,7 +66,7 @@ def check_pattern(pattern: Pattern, device: torch.device | str = "cpu") -> int:
         >>> ligerfx.check_pattern(triple)
         Traceback (most recent call last):
         ...
-        ligerfx.errors.PatternError: triple: output ...
+        ligerfx.errors.PatternError: triple on x ... is ...: the largest difference is ...
     """
     where = torch.device(device).type
     if where in _checked.get(pattern, ()):

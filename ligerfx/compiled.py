@@ -38,9 +38,12 @@ def logits_under_compile(
     return torch.ops.ligerfx.deferred_logits(x, weight, bias, softcap, scale, autocast, requires_grad)
 
 
-def _compiled_model() -> tuple[InstructionTranslator, Any]:
+def _compiled_model() -> tuple[InstructionTranslator | None, Any]:
     """What is being compiled, and the optimised model whose forward that is; None where it is something else."""
-    compiled = InstructionTranslator.current_tx()
+    try:
+        compiled = InstructionTranslator.current_tx()
+    except AttributeError:  # torch.export without the compiler's front end
+        return None, None
     model = compiled.f_locals.get("self")
     forward = getattr(type(model), "forward", None)
     return compiled, model if getattr(forward, "__code__", None) is compiled.f_code else None

@@ -524,8 +524,14 @@ class Tracer(TorchFunctionMode):
                 if _is_empty(out):  # what was guessed to be empty was an output
                     raise CaptureError(frame.capture.error)
             except Exception:
-                self._hopeless[id(shadow)] = frame.capture.error
-                raise
+                try:  # a module inside may need what it gets as it is: a mask object, say
+                    with self._pause(guess=True):
+                        out = forward(shadow, *args, **kwargs)
+                    if len(self.frames) == 1 or _is_empty(out):
+                        raise CaptureError(frame.capture.error) from None
+                except Exception:
+                    self._hopeless[id(shadow)] = frame.capture.error
+                    raise
         finally:
             self.frames.pop()
             capture.guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]

@@ -44,7 +44,7 @@ def test_equal_layers_are_told_once(llama):
 @pytest.mark.parametrize(
     "module, note",
     [
-        ("model.rotary_emb", "No pattern comes near what it computes."),
+        ("model.rotary_emb", "No pattern matches here or nearly does."),
         ("model.embed_tokens", "A layer of torch, which stays one call"),
         ("model.layers.0.mlp.act_fn", "It owns no parameters, so it has no code of its own"),
     ],

@@ -15,16 +15,17 @@ from ._runtime import PLAIN
 _library = torch.library.Library("ligerfx", "FRAGMENT")
 
 
-def operator(schema: str, fake: Callable, **fixed: Any) -> Callable[[Callable], Callable]:
+def operator(schema: str, fake: Callable, tags: tuple = (), **fixed: Any) -> Callable[[Callable], Callable]:
     """Makes a function of tensors an operator, too, that is used where its first argument is no ordinary tensor.
 
     Args:
         schema: name, arguments and results, in the language of torch.library. Results are fresh tensors.
         fake: makes empty results of the right shapes, strides and dtypes from the same arguments.
+        tags: of torch.Tag: what compilers must know of it besides.
         fixed: further arguments of the function when it is called as an operator.
     """
     name = schema.partition("(")[0]
-    _library.define(schema)
+    _library.define(schema, tags=tags)
 
     def decorate(function: Callable) -> Callable:
         _library.impl(name, functools.partial(function, **fixed), "CompositeExplicitAutograd")

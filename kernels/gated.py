@@ -117,7 +117,7 @@ def _bwd_kernel(
         tl.store(z_ptr + row * z_stride + cols, (value * up).to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def _grid(n_rows: int, n_cols: int) -> tuple[int, int, int]:
+def grid_of(n_rows: int, n_cols: int) -> tuple[int, int, int]:
     """(programs, column blocks, block)."""
     block = min(1024, max(128, 1 << (n_cols - 1).bit_length()))
     col_blocks = -(-n_cols // block)
@@ -146,7 +146,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str) ->
         gate, up = as_rows(gate), as_rows(up)
         n_rows, n_cols = gate.shape
         strides = gate.stride(0), up.stride(0), n_cols
-    programs, col_blocks, block = _grid(n_rows, n_cols)
+    programs, col_blocks, block = grid_of(n_rows, n_cols)
     with launch_device(gate):
         _fwd_kernel[(programs,)](gate, up, y, *strides, n_cols, col_blocks, activation, block, num_warps=4)
     return y
@@ -200,7 +200,7 @@ def _backward(dy, gate, up, activation, need_gate, need_up, need_z, over_dy=True
         n_rows, n_cols = gate.shape
         tensors = dy, gate, up, dgate, dup, z
         strides = [0 if t is None else n_cols if t.is_contiguous() else t.stride(0) for t in tensors]
-    programs, col_blocks, block = _grid(n_rows, n_cols)
+    programs, col_blocks, block = grid_of(n_rows, n_cols)
     with launch_device(gate):
         _bwd_kernel[(programs,)](
             *tensors, *strides, n_cols, col_blocks,

@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
+from .gated import grid_of
 
 _numbers = itertools.count()
 
@@ -82,9 +83,12 @@ class _GLU(torch.autograd.Function):
         ctx.kernels = kernels
         y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
         gate, up = as_rows(gate), as_rows(up)
-        programs, *rest = _grid(*gate.shape)
+        n_rows, n_cols = gate.shape
+        programs, col_blocks, block = grid_of(n_rows, n_cols)
         with launch_device(gate):
-            kernels[0][(programs,)](gate, up, y, gate.stride(0), up.stride(0), *rest, num_warps=4)
+            kernels[0][(programs,)](
+                gate, up, y, gate.stride(0), up.stride(0), n_cols, col_blocks, block, num_warps=4
+            )  # fmt: skip
         return y
 
     @staticmethod
@@ -96,7 +100,8 @@ class _GLU(torch.autograd.Function):
             for t, needed in zip((gate, up), ctx.needs_input_grad, strict=False)
         ]
         dy, gate, up = as_rows(dy), as_rows(gate), as_rows(up)
-        programs, n_cols, col_blocks, block = _grid(*gate.shape)
+        n_rows, n_cols = gate.shape
+        programs, col_blocks, block = grid_of(n_rows, n_cols)
         strides = dy.stride(0), gate.stride(0), up.stride(0)
         with launch_device(gate):
             ctx.kernels[1][(programs,)](
@@ -104,10 +109,3 @@ class _GLU(torch.autograd.Function):
                 num_warps=4,
             )  # fmt: skip
         return *made, None
-
-
-def _grid(n_rows: int, n_cols: int) -> tuple[int, int, int, int]:
-    """(programs, columns, column blocks, block)."""
-    block = min(1024, max(128, 1 << (n_cols - 1).bit_length()))
-    col_blocks = -(-n_cols // block)
-    return n_rows * col_blocks, n_cols, col_blocks, block

@@ -161,14 +161,18 @@ def load_config(name: str, layers: int | None = None) -> Any:
     except LigerfxError:
         raise
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
         raise LigerfxError(
             f"no configuration {name!r}: pass a config.json or its folder, a model type such as llama, or a name that "
-            f"the hub has ({type(error).__name__}: {first[:160]})"
+            f"the hub has ({_first_line(error)})"
         ) from error
     if layers is not None:
         _shorten(config.get_text_config(), layers)
     return config
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:160]}"
 
 
 def _shorten(config: Any, layers: int) -> None:
@@ -194,10 +198,9 @@ def build(config: Any, dtype: str, device: str) -> Any:
     except torch.OutOfMemoryError as error:
         raise LigerfxError("the model does not fit into the device's memory: use --layers to build a part") from error
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
         raise LigerfxError(
             f"transformers builds no causal language model of type {config.model_type!r} from this configuration "
-            f"({type(error).__name__}: {first[:160]})"
+            f"({_first_line(error)})"
         ) from error
 
 

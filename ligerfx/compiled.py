@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from .deferred import compute_logits, deferred
+from .kernels._operators import operator
 
 
 def logits_under_compile(
@@ -35,7 +36,7 @@ def logits_under_compile(
     if not _only_returned():
         return compute_logits(x, weight, bias, softcap, scale)  # which the compiler drops if nobody reads it
     x, weight, bias = (None if t is None else t.detach() for t in (x, weight, bias))
-    return torch.ops.ligerfx.deferred_logits(x, weight, bias, softcap, scale, autocast, requires_grad)
+    return _deferred_after_compiled(x, weight, bias, softcap, scale, autocast, requires_grad)
 
 
 def _compiled_model() -> tuple[InstructionTranslator | None, Any]:
@@ -105,6 +106,18 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
+def _empty_logits(x: torch.Tensor, weight: torch.Tensor, bias: Any, softcap: Any, scale: Any, autocast: Any, _: Any):
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=autocast or x.dtype, device=x.device)
+
+
+# What a compiled graph hands to a Python object must be a tensor for the compiler. A CUDA graph could not make one anew
+# in each replay.
+@operator(
+    "deferred_logits(Tensor x, Tensor weight, Tensor? bias, float? softcap, float scale, ScalarType? autocast,"
+    " bool has_gradient) -> Tensor",
+    _empty_logits,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
 def _deferred_after_compiled(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -120,19 +133,3 @@ def _deferred_after_compiled(
 
     # The compiler takes x's memory for something else when nothing in its graph needs x any more.
     return deferred(x.clone(), weight, bias, softcap, scale, autocast, False, convert)
-
-
-def _empty_logits(x: torch.Tensor, weight: torch.Tensor, bias: Any, softcap: Any, scale: Any, autocast: Any, _: Any):
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=autocast or x.dtype, device=x.device)
-
-
-# An operator, since what a compiled graph hands to a Python object must be a tensor for the compiler. A CUDA graph
-# could not make one anew in each replay.
-_library = torch.library.Library("ligerfx", "FRAGMENT")
-_library.define(
-    "deferred_logits(Tensor x, Tensor weight, Tensor? bias, float? softcap, float scale, ScalarType? autocast,"
-    " bool has_gradient) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-_library.impl("deferred_logits", _deferred_after_compiled, "CompositeExplicitAutograd")
-torch.library.register_fake("ligerfx::deferred_logits", _empty_logits, lib=_library)

@@ -525,9 +525,11 @@ class Tracer(TorchFunctionMode):
                     raise CaptureError(frame.capture.error)
             except Exception:
                 try:  # a module inside may need what it gets as it is: a mask object, say
+                    if len(self.frames) == 1:
+                        raise
                     with self._pause(guess=True):
                         out = forward(shadow, *args, **kwargs)
-                    if len(self.frames) == 1 or _is_empty(out):
+                    if _is_empty(out):
                         raise CaptureError(frame.capture.error) from None
                 except Exception:
                     self._hopeless[id(shadow)] = frame.capture.error

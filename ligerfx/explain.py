@@ -101,7 +101,11 @@ def explain(model: nn.Module, module: str = "", example_inputs: Any = None, **op
     Args:
         model: what `optimize` returned; or any model, which is then optimised here, without being changed.
         module: path of a module in it, as "model.layers.0.mlp"; "" is the model itself.
-        example_inputs, options: as for `optimize`, for a model that has not been optimised.
+        example_inputs: one call of it, as for `optimize`; for a model that has not been optimised.
+        **options: the other arguments of `optimize`, for such a model.
+
+    Returns:
+        The explanation: prints as text, shows as a page in a notebook, and has its parts as attributes.
 
     Raises:
         LigerfxError: there is no such module, or `model` is a part of an optimised model.

@@ -30,7 +30,7 @@ def register(*patterns: Pattern) -> RemovableHandle:
     Raises:
         PatternError: one of them is no pattern, or fails the check. None is registered then.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> def square(x):
         ...     return torch.square(x)

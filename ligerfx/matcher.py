@@ -623,6 +623,8 @@ def _term_text(term: Any, terms: Terms) -> str:
     if term.op == "leaf":
         return str(term.attrs[0])
     inner = [describe(a, terms) for a in term.args]
+    if term.op == "linear" and len(inner[0]) > 24:  # whose weight says which it is
+        inner[0] = "..."
     attrs = [_attribute(a) for a in term.attrs]
     return f"{term.op}({', '.join(inner + attrs)})"
 

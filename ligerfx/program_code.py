@@ -45,13 +45,17 @@ def _copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     """A copy whose nodes know tensors and sizes alone: a report must not keep the model alive."""
     copy, copies = Graph(), {}
     for node in graph.nodes:
-        new = copies[node] = copy.node_copy(node, copies.__getitem__)
         parameters = node.meta.get("parameters", {})
-        new.meta = {key: node.meta[key] for key in ("source", "line", "scope", "pattern") if key in node.meta}
+        for source in (
+            *(p for p in parameters.values() if p not in copies),
+            node,
+        ):  # a layer that is called reads its own
+            new = copies[source] = copy.node_copy(source, copies.__getitem__)
+            new.meta = {key: source.meta[key] for key in ("source", "line", "scope", "pattern") if key in source.meta}
+            if _is_known(source.meta.get("val")):
+                new.meta["val"] = source.meta["val"]
         if parameters:
-            new.meta["parameters"] = {n: copies[p] for n, p in parameters.items() if p in copies}
-        if _is_known(node.meta.get("val")):
-            new.meta["val"] = node.meta["val"]
+            new.meta["parameters"] = {n: copies[p] for n, p in parameters.items()}
     return copy, copies
 
 

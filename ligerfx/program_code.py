@@ -46,10 +46,8 @@ def _copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     copy, copies = Graph(), {}
     for node in graph.nodes:
         parameters = node.meta.get("parameters", {})
-        for source in (
-            *(p for p in parameters.values() if p not in copies),
-            node,
-        ):  # a layer that is called reads its own
+        unread = [p for p in parameters.values() if p not in copies]  # of a layer that is called
+        for source in (*unread, node):
             new = copies[source] = copy.node_copy(source, copies.__getitem__)
             new.meta = {key: source.meta[key] for key in ("source", "line", "scope", "pattern") if key in source.meta}
             if _is_known(source.meta.get("val")):

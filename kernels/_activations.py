@@ -36,6 +36,7 @@ IN_TORCH = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -64,7 +65,13 @@ def _relu(x):
     return tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
 
 
-_IN_TRITON = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "relu": _relu}
+@triton.jit
+def _relu2(x):
+    value = tl.where(x <= 0, 0.0, x)
+    return value * value, 2.0 * value
+
+
+_IN_TRITON = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "relu": _relu, "relu2": _relu2}
 _numbers = itertools.count()
 
 

@@ -242,8 +242,8 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "si
     Args:
         gate: [..., I], floating point. Rows one stride apart (halves of a packed tensor) are not copied.
         up: [..., I], floating point.
-        activation: "silu" (SwiGLU), "gelu" (with erf; GEGLU), "gelu_tanh" or "relu" (ReGLU); or one that
-            `ligerfx.generated_glu` has written a kernel for.
+        activation: "silu" (SwiGLU), "gelu" (with erf; GEGLU), "gelu_tanh", "relu" (ReGLU) or "relu2" (its square); or
+            one that `ligerfx.generated_glu` has written a kernel for.
 
     Returns:
         [..., I], contiguous, in the promoted dtype of gate and up.

@@ -44,16 +44,20 @@ class Code:
 def _copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     """A copy whose nodes know tensors and sizes alone: a report must not keep the model alive."""
     copy, copies = Graph(), {}
+
+    def copied(node: Node) -> Node:
+        new = copies[node] = copy.node_copy(node, copies.__getitem__)
+        new.meta = {key: node.meta[key] for key in ("source", "line", "scope", "pattern") if key in node.meta}
+        if _is_known(node.meta.get("val")):
+            new.meta["val"] = node.meta["val"]
+        return new
+
     for node in graph.nodes:
-        parameters = node.meta.get("parameters", {})
-        unread = [p for p in parameters.values() if p not in copies]  # of a layer that is called
-        for source in (*unread, node):
-            new = copies[source] = copy.node_copy(source, copies.__getitem__)
-            new.meta = {key: source.meta[key] for key in ("source", "line", "scope", "pattern") if key in source.meta}
-            if _is_known(source.meta.get("val")):
-                new.meta["val"] = source.meta["val"]
+        # Those of a layer that nothing else reads are no longer in the graph.
+        parameters = {name: copies.get(p) or copied(p) for name, p in node.meta.get("parameters", {}).items()}
+        new = copied(node)
         if parameters:
-            new.meta["parameters"] = {n: copies[p] for n, p in parameters.items()}
+            new.meta["parameters"] = parameters
     return copy, copies
 
 

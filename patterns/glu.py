@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 @functools.cache
-def patterns(low_memory: bool, activations: tuple[Activation | str, ...] = ACTIVATIONS) -> list[Pattern]:
+def patterns(low_memory: bool) -> list[Pattern]:
+    return patterns_of(ACTIVATIONS, low_memory)
+
+
+def patterns_of(activations: Sequence[Activation | str], low_memory: bool) -> list[Pattern]:
     """Those with the down projection first, and packed before separate."""
     return [
         *(

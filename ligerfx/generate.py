@@ -212,7 +212,7 @@ def generated_glu(
     from .kernels._activations import Activation  # imports Triton, which `import ligerfx` must not
     from .patterns import glu
 
-    return glu.patterns_of([Activation(name, activation, checked_source(activation, name))], low_memory)
+    return glu.patterns_of(Activation(name, activation, checked_source(activation, name)), low_memory)
 
 
 def checked_source(activation: Callable[[torch.Tensor], torch.Tensor], name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -75,18 +75,19 @@ def _separate_linear(activation: Activation | str, fixed: dict) -> Pattern:
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
+def patterns_of(activation: Activation | str, low_memory: bool) -> list[Pattern]:
+    """Those with the down projection first, and packed before separate."""
+    fixed = {"recompute": low_memory}
+    return [
+        _packed_linear(activation, fixed),
+        _separate_linear(activation, fixed),
+        _packed(activation),
+        _separate(activation),
+    ]
+
+
 @functools.cache
 def patterns(low_memory: bool) -> list[Pattern]:
-    return patterns_of(ACTIVATIONS, low_memory)
-
-
-def patterns_of(activations: Sequence[Activation | str], low_memory: bool) -> list[Pattern]:
-    """Those with the down projection first, and packed before separate."""
-    return [
-        *(
-            make(activation, {"recompute": low_memory})
-            for make in (_packed_linear, _separate_linear)
-            for activation in activations
-        ),
-        *(make(activation) for make in (_packed, _separate) for activation in activations),
-    ]
+    """In the same order, activation by activation within it."""
+    by_activation = [patterns_of(activation, low_memory) for activation in ACTIVATIONS]
+    return [pattern for alike in zip(*by_activation, strict=True) for pattern in alike]

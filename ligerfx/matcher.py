@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cast, normal, number, op_name
 from .capture import works_in_place
 from .errors import CaptureError
-from .pattern import Pattern, Variant, check_dimensions, split
+from .pattern import Pattern, Variant, check_dimensions, split, weight
 from .symbols import FakeInputs, expression
 from .tracer import Tracer
 
@@ -129,8 +129,8 @@ class _View:
 
 
 def _uses(node: Node) -> int:
-    """How often a value is used, casts of it aside."""
-    return sum(_uses(user) if is_cast(user) else 1 for user in node.users)
+    """How often a value is used, casts of it aside. torch's own RMSNorm uses what it is given twice."""
+    return sum(_uses(user) if is_cast(user) else 2 if op_name(user) == "rms_norm" else 1 for user in node.users)
 
 
 class Matcher:
@@ -204,7 +204,11 @@ class Matcher:
             for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
                 for match in self._prove(variant, {first: root}, bindings, unifier):
                     return match
-            if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
+            if (
+                unifier.share > NEARLY
+                and unifier.is_near
+                and (root not in misses or unifier.share > misses[root].share)
+            ):
                 misses[root] = unifier
         return None
 
@@ -403,16 +407,22 @@ class _Unifier:
         self.view = view
         self.share = 0.0
         self.size = variant.size
-        self._reason: str | Callable[[], str] = ""
+        self._reason: str | Callable[[], str] | bool = False
         self._done = 0
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the proposal that came furthest is one to tell of."""
+        return bool(self._reason)
 
     @property
     def reason(self) -> str:
         """Why the proposal that came furthest failed."""
         return self._reason() if callable(self._reason) else self._reason
 
-    def note(self, share: float, reason: str | Callable[[], str]) -> None:
-        """Keeps the reason of the failure that came furthest. Text is made only where it is shown."""
+    def note(self, share: float, reason: str | Callable[[], str] | bool) -> None:
+        """Keeps the reason of the failure that came furthest, False where there is nothing to tell. Text is made only
+        where it is shown."""
         if share > max(self.share, NEARLY):  # a proposal that failed halfway never outranks one that was made
             self.share, self._reason = share, reason
 
@@ -445,7 +455,8 @@ class _Unifier:
                 yield {**bound, p: t}
             else:
                 share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
-                self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes")
+                told = not t.is_number
+                self.note(share, told and (lambda: f"{p}: {self._found(t)} is no value that the model computes"))
         elif self.variant.is_constant(p):
             yield from self._unify_number(p, t, bound)
         elif t in self.view.inner:  # taken as given, but the pattern has more than a parameter here
@@ -455,16 +466,18 @@ class _Unifier:
         elif p.is_Add or p.is_Mul:
             yield from self._unify_sum(p, t, bound)
         elif p.func == t.func and len(p.args) == len(t.args):
-            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound))
+            # Exponents first: they tell x / sum(x) from a norm at once.
+            pairs = sorted(zip(p.args, t.args, strict=True), key=lambda pair: not pair[0].is_number)
+            yield from self._counted(self._unify_all(pairs, bound), weight(p))
         else:
             self._fail(p, t)
 
-    def _counted(self, results: Iterator[Bindings]) -> Iterator[Bindings]:
-        self._done += 1
+    def _counted(self, results: Iterator[Bindings], weight: int = 1) -> Iterator[Bindings]:
+        self._done += weight
         try:
             yield from results
         finally:
-            self._done -= 1
+            self._done -= weight
 
     def _unify_all(self, pairs: list[tuple[sympy.Expr, sympy.Expr]], bound: Bindings) -> Iterator[Bindings]:
         if not pairs:
@@ -507,7 +520,7 @@ class _Unifier:
             self._fail(p, t)
             return
         if len(have.args) != len(want.args):
-            if self._done or want.op not in ("linear", "stack"):  # neither by itself is a sign of an idiom
+            if self._done or want.op not in ("linear", "stack", "cat"):  # none by itself is a sign of an idiom
                 count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
                 self.note(max(self._progress, NEARLY + 0.1), count)
             return
@@ -588,7 +601,8 @@ class _Unifier:
             rest = decimal(whole / part if func is sympy.Mul else whole - part)
             if rest.count_ops() >= max(whole.count_ops(), 1):
                 names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
-                self.note(self._progress, lambda: f"expected {names}, found {self._found(whole)}")
+                told = any(self.view.terms.depends(whole, bound[a]) for a in known)  # `sigmoid(a) * b` is no silu of a
+                self.note(self._progress, told and (lambda: f"expected {names}, found {self._found(whole)}"))
                 return
             want = [a for a in want if a not in known]
             have = [] if rest == func.identity else list(rest.args) if rest.func is func else [rest]
@@ -605,8 +619,9 @@ class _Unifier:
         if not rest and len(have) > 1 and self.variant.kinds.get(p) == "tensor":
             yield from self.unify(p, func(*have), bound)
             return
-        if not have:
-            self.note(self._progress, lambda: f"expected {self._expected(p)} as well")
+        if not have:  # without one of its activations it is another idiom: an MLP without a gate is no near miss
+            told = "..." not in (self.variant.pattern.tensors.get(str(p)) or "")
+            self.note(self._progress, told and (lambda: f"expected {self._expected(p)} as well"))
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)

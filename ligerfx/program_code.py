@@ -48,8 +48,8 @@ def _copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
         new = copies[node] = copy.node_copy(node, copies.__getitem__)
         parameters = node.meta.get("parameters", {})
         new.meta = {key: node.meta[key] for key in ("source", "line", "scope", "pattern") if key in node.meta}
-        if parameters:
-            new.meta["parameters"] = {n: copies[p] for n, p in parameters.items() if p in copies}
+        if parameters and all(p in copies for p in parameters.values()):  # erased where nothing reads them
+            new.meta["parameters"] = {n: copies[p] for n, p in parameters.items()}
         if _is_known(node.meta.get("val")):
             new.meta["val"] = node.meta["val"]
     return copy, copies

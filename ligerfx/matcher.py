@@ -599,7 +599,8 @@ class _Unifier:
             # Bound parameters are divided out (or subtracted): they may themselves be sums and products.
             whole, part = func(*have), func(*(bound[a] for a in known))
             rest = decimal(whole / part if func is sympy.Mul else whole - part)
-            if rest.count_ops() >= max(whole.count_ops(), 1):
+            fewer = len(func.make_args(rest)) < len(func.make_args(whole))
+            if not fewer and rest.count_ops() >= max(whole.count_ops(), 1):
                 names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
                 told = any(self.view.terms.depends(whole, bound[a]) for a in known)  # `sigmoid(a) * b` is no silu of a
                 self.note(self._progress, told and (lambda: f"expected {names}, found {self._found(whole)}"))

@@ -46,21 +46,21 @@ def _alone_applies(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str
     return _applies(x, torch.empty_like(x), cos, sin)
 
 
-def _rope_alone(x, cos, sin):
+def _rope_alone(x, cos, sin, pairs="halves"):
     """`rope` of x and of no heads."""
     nothing = x.narrow(1 if cos.shape[1] == 1 else 2, 0, 0)
-    return rope(x, nothing, cos, sin)[0]
+    return rope(x, nothing, cos, sin, pairs=pairs)[0]
 
 
-def _alone(name: str, rotated: str) -> Pattern:
-    """Where the keys come from another layer, only q is rotated."""
+def _alone(name: str, rotated: str, **order) -> Pattern:
+    """Where the keys come from another layer, only q is rotated; or q, k and what attention gives, each by itself."""
 
     def alone(x, cos: "* * * R", sin: "* * * R"):
-        return rope_reference(x, x, cos, sin)[0]
+        return rope_reference(x, x, cos, sin, **order)[0]
 
     alone.__name__ = name
     alone.__annotations__ |= {"x": f"B * * {rotated}"}
-    return pattern(replace=_rope_alone, idioms=["rope"], when=_alone_applies)(alone)
+    return pattern(replace=partial(_rope_alone, **order), idioms=["rope"], when=_alone_applies)(alone)
 
 
 def _pairwise(name: str, rotated: str, **order) -> Pattern:
@@ -170,4 +170,5 @@ PATTERNS = [
     complex_rotary,
     _alone("partial_rotary_alone", "D"),
     _alone("rotary_alone", "R"),
+    _alone("rotary_of_neighbours_alone", "R", pairs="neighbours"),
 ]

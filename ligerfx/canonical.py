@@ -87,15 +87,18 @@ class Terms:
             self.dtypes[symbol] = dtype
         return self.symbols[term]
 
-    def depends(self, value: sympy.Expr, part: sympy.Expr) -> bool:
-        """Whether all that `part` is made of goes into `value`, itself or inside a term."""
+    def are_related(self, a: sympy.Expr, b: sympy.Expr) -> bool:
+        """Whether all that one of two values is made of goes into the other, itself or inside a term."""
+        return any(y.free_symbols and y.free_symbols <= self._inside(x) for x, y in ((a, b), (b, a)))
+
+    def _inside(self, value: sympy.Expr) -> set[sympy.Symbol]:
         seen: set[sympy.Symbol] = set()
         pending = set(value.free_symbols)
         while pending:
             seen.add(symbol := pending.pop())
             for arg in self.terms[symbol].args if symbol in self.terms else ():
                 pending |= arg.free_symbols - seen
-        return part.free_symbols <= seen
+        return seen
 
 
 def normal(expr: sympy.Expr) -> sympy.Expr:

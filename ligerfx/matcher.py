@@ -466,9 +466,10 @@ class _Unifier:
         elif p.is_Add or p.is_Mul:
             yield from self._unify_sum(p, t, bound)
         elif p.func == t.func and len(p.args) == len(t.args):
-            # Exponents first: they tell x / sum(x) from a norm at once.
-            pairs = sorted(zip(p.args, t.args, strict=True), key=lambda pair: not pair[0].is_number)
-            yield from self._counted(self._unify_all(pairs, bound), weight(p))
+            if _is_root(p) and not any(map(_is_root, t.atoms(sympy.Pow))):
+                self.note(self._progress, False)  # x / sum(x) is no norm
+                return
+            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound), weight(p))
         else:
             self._fail(p, t)
 
@@ -602,7 +603,8 @@ class _Unifier:
             fewer = len(func.make_args(rest)) < len(func.make_args(whole))
             if not fewer and rest.count_ops() >= max(whole.count_ops(), 1):
                 names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
-                told = any(self.view.terms.depends(whole, bound[a]) for a in known)  # `sigmoid(a) * b` is no silu of a
+                # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
+                told = any(self.view.terms.are_related(whole, bound[a]) for a in known)
                 self.note(self._progress, told and (lambda: f"expected {names}, found {self._found(whole)}"))
                 return
             want = [a for a in want if a not in known]
@@ -626,6 +628,10 @@ class _Unifier:
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
+
+
+def _is_root(value: sympy.Expr) -> bool:
+    return value.is_Pow and value.exp.is_number and not value.exp.is_integer
 
 
 def describe(expr: sympy.Expr, terms: Terms) -> str:

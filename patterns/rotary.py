@@ -52,15 +52,26 @@ def _rope_alone(x, cos, sin, pairs="halves"):
     return rope(x, nothing, cos, sin, pairs=pairs)[0]
 
 
-def _alone(name: str, rotated: str, **order) -> Pattern:
-    """Where the keys come from another layer, only q is rotated; or q, k and what attention gives, each by itself."""
+def _alone(name: str, rotated: str) -> Pattern:
+    """Where the keys come from another layer, only q is rotated."""
 
     def alone(x, cos: "* * * R", sin: "* * * R"):
-        return rope_reference(x, x, cos, sin, **order)[0]
+        return rope_reference(x, x, cos, sin)[0]
 
     alone.__name__ = name
     alone.__annotations__ |= {"x": f"B * * {rotated}"}
-    return pattern(replace=partial(_rope_alone, **order), idioms=["rope"], when=_alone_applies)(alone)
+    return pattern(replace=_rope_alone, idioms=["rope"], when=_alone_applies)(alone)
+
+
+def _rope_in_fp32(x, cos, sin):
+    return _rope_alone(x.float(), cos.float(), sin.float(), "neighbours").to(x.dtype)
+
+
+@pattern(replace=_rope_in_fp32, idioms=["rope"], when=_alone_applies)
+def rotary_of_neighbours_alone(x: "B * * R", cos: "* * * R", sin: "* * * R"):
+    """q, k and what attention gives (DeepSeek V4), each by itself and in float32."""
+    h = x.float()
+    return rope_reference(h, h, cos, sin, pairs="neighbours")[0].to(x.dtype)
 
 
 def _pairwise(name: str, rotated: str, **order) -> Pattern:
@@ -170,5 +181,5 @@ PATTERNS = [
     complex_rotary,
     _alone("partial_rotary_alone", "D"),
     _alone("rotary_alone", "R"),
-    _alone("rotary_of_neighbours_alone", "R", pairs="neighbours"),
+    rotary_of_neighbours_alone,
 ]

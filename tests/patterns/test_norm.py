@@ -444,7 +444,7 @@ def result_added(x, w, eps):
 
 
 POINTWISE = {
-    mean_subtracted: ROUNDED,
+    mean_subtracted: "layer_norm",
     sum_of_two: ADDED,
     product_of_two: ROUNDED,
     scaled: ROUNDED,

@@ -427,9 +427,10 @@ class _Unifier:
             self.share, self._reason = share, reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
+        told = not found.is_number or self.variant.is_constant(expected)  # else what is expected is not there at all
         self.note(
             self._progress,
-            lambda: f"expected {self._expected(expected)}, found {self._found(found)}",
+            told and (lambda: f"expected {self._expected(expected)}, found {self._found(found)}"),
         )
 
     def _found(self, value: sympy.Expr) -> str:
@@ -466,12 +467,29 @@ class _Unifier:
         elif p.is_Add or p.is_Mul:
             yield from self._unify_sum(p, t, bound)
         elif p.func == t.func and len(p.args) == len(t.args):
-            if _is_root(p) and not any(map(_is_root, t.atoms(sympy.Pow))):
-                self.note(self._progress, False)  # x / sum(x) is no norm
-                return
+            if p.is_Pow and _unlike(p.exp, t.exp) and not (_is_root(p) and self._has_root(t)):
+                # x / mean(x**2) is nearly a norm, x / sum(x) is none.
+                before = self.share, self._reason
+                if not any(True for _ in self._counted(self.unify(p.base, t.base, bound))):
+                    self.share, self._reason = before
+                    self.note(self._progress, False)
+                    return
             yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound), weight(p))
         else:
             self._fail(p, t)
+
+    def _has_root(self, value: sympy.Expr) -> bool:
+        """Whether there is a root in a value, or in what its terms are made of."""
+        terms = [self.view.terms.terms[s] for s in value.free_symbols if s in self.view.terms.terms]
+        powers = (
+            power for part in (value, *(a for term in terms for a in term.args)) for power in part.atoms(sympy.Pow)
+        )
+        return any(map(_is_root, powers))
+
+    def _is_activation(self, parameter: sympy.Expr) -> bool:
+        """Whether a parameter is a tensor of any number of leading dimensions. An idiom that lacks one of those is
+        another: an MLP without a gate."""
+        return "..." in (self.variant.pattern.tensors.get(str(parameter)) or "")
 
     def _counted(self, results: Iterator[Bindings], weight: int = 1) -> Iterator[Bindings]:
         self._done += weight
@@ -604,7 +622,8 @@ class _Unifier:
             if not fewer and rest.count_ops() >= max(whole.count_ops(), 1):
                 names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
                 # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
-                told = any(self.view.terms.are_related(whole, bound[a]) for a in known)
+                related = any(self.view.terms.are_related(whole, bound[a]) for a in known)
+                told = related or not all(map(self._is_activation, known))
                 self.note(self._progress, told and (lambda: f"expected {names}, found {self._found(whole)}"))
                 return
             want = [a for a in want if a not in known]
@@ -622,8 +641,8 @@ class _Unifier:
         if not rest and len(have) > 1 and self.variant.kinds.get(p) == "tensor":
             yield from self.unify(p, func(*have), bound)
             return
-        if not have:  # without one of its activations it is another idiom: an MLP without a gate is no near miss
-            told = "..." not in (self.variant.pattern.tensors.get(str(p)) or "")
+        if not have:
+            told = not self._is_activation(p)
             self.note(self._progress, told and (lambda: f"expected {self._expected(p)} as well"))
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
@@ -632,6 +651,10 @@ class _Unifier:
 
 def _is_root(value: sympy.Expr) -> bool:
     return value.is_Pow and value.exp.is_number and not value.exp.is_integer
+
+
+def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return a.is_number and b.is_number and not _close(a, b)
 
 
 def describe(expr: sympy.Expr, terms: Terms) -> str:

@@ -183,7 +183,7 @@ class Variant:
 
 def weight(value: sympy.Expr) -> int:
     """What it counts for that a step is recognised: products and sums are everywhere, functions tell."""
-    return 3 if isinstance(value, (sympy.Function, sympy.Max)) else 1 if value.args else 0
+    return 2 if isinstance(value, (sympy.Function, sympy.Max)) else 1 if value.args else 0
 
 
 def split(value: sympy.Expr, func: Any, is_constant: Callable[[sympy.Expr], bool]) -> tuple[sympy.Expr, list]:

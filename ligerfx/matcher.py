@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cast, normal, number, op_name
 from .capture import works_in_place
 from .errors import CaptureError
-from .pattern import Pattern, Variant, check_dimensions, split
+from .pattern import Pattern, Variant, check_dimensions, split, weight
 from .symbols import FakeInputs, expression
 from .tracer import Tracer
 
@@ -129,8 +129,8 @@ class View:
 
 
 def _uses(node: Node) -> int:
-    """How often a value is used, casts of it aside."""
-    return sum(_uses(user) if is_cast(user) else 1 for user in node.users)
+    """How often a value is used, casts of it aside. torch's own RMSNorm uses what it is given twice."""
+    return sum(_uses(user) if is_cast(user) else 2 if op_name(user) == "rms_norm" else 1 for user in node.users)
 
 
 class Matcher:
@@ -204,7 +204,11 @@ class Matcher:
             for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
                 for match in self._prove(variant, {first: root}, bindings, unifier):
                     return match
-            if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
+            if (
+                unifier.share > NEARLY
+                and unifier.is_near
+                and (root not in misses or unifier.share > misses[root].share)
+            ):
                 misses[root] = unifier
         return None
 
@@ -401,23 +405,30 @@ class Unifier:
         self.view = view
         self.share = 0.0
         self.size = variant.size
-        self._reason: str | Callable[[], str] = ""
+        self._reason: str | Callable[[], str] | bool = False
         self._done = 0
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the proposal that came furthest is one to tell of."""
+        return bool(self._reason)
 
     @property
     def reason(self) -> str:
         """Why the proposal that came furthest failed."""
         return self._reason() if callable(self._reason) else self._reason
 
-    def note(self, share: float, reason: str | Callable[[], str]) -> None:
-        """Keeps the reason of the failure that came furthest. Text is made only where it is shown."""
+    def note(self, share: float, reason: str | Callable[[], str] | bool) -> None:
+        """Keeps the reason of the failure that came furthest, False where there is nothing to tell. Text is made only
+        where it is shown."""
         if share > max(self.share, NEARLY):  # a proposal that failed halfway never outranks one that was made
             self.share, self._reason = share, reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
+        told = not found.is_number or self.variant.is_constant(expected)  # else what is expected is not there at all
         self.note(
             self._progress,
-            lambda: f"expected {self._expected(expected)}, found {self._found(found)}",
+            told and (lambda: f"expected {self._expected(expected)}, found {self._found(found)}"),
         )
 
     def _found(self, value: sympy.Expr) -> str:
@@ -443,7 +454,8 @@ class Unifier:
                 yield {**bound, p: t}
             else:
                 share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
-                self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes")
+                told = not t.is_number
+                self.note(share, told and (lambda: f"{p}: {self._found(t)} is no value that the model computes"))
         elif self.variant.is_constant(p):
             yield from self._unify_number(p, t, bound)
         elif t in self.view.inner:  # taken as given, but the pattern has more than a parameter here
@@ -453,16 +465,36 @@ class Unifier:
         elif p.is_Add or p.is_Mul:
             yield from self._unify_sum(p, t, bound)
         elif p.func == t.func and len(p.args) == len(t.args):
-            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound))
+            if p.is_Pow and _unlike(p.exp, t.exp) and not (_is_root(p) and self._has_root(t)):
+                # x / mean(x**2) is nearly a norm, x / sum(x) is none.
+                before = self.share, self._reason
+                if not any(True for _ in self._counted(self.unify(p.base, t.base, bound))):
+                    self.share, self._reason = before
+                    self.note(self._progress, False)
+                    return
+            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound), weight(p))
         else:
             self._fail(p, t)
 
-    def _counted(self, results: Iterator[Bindings]) -> Iterator[Bindings]:
-        self._done += 1
+    def _has_root(self, value: sympy.Expr) -> bool:
+        """Whether there is a root in a value, or in what its terms are made of."""
+        terms = [self.view.terms.terms[s] for s in value.free_symbols if s in self.view.terms.terms]
+        powers = (
+            power for part in (value, *(a for term in terms for a in term.args)) for power in part.atoms(sympy.Pow)
+        )
+        return any(map(_is_root, powers))
+
+    def _is_activation(self, parameter: sympy.Expr) -> bool:
+        """Whether a parameter is a tensor of any number of leading dimensions. An idiom that lacks one of those is
+        another: an MLP without a gate."""
+        return "..." in (self.variant.pattern.tensors.get(str(parameter)) or "")
+
+    def _counted(self, results: Iterator[Bindings], weight: int = 1) -> Iterator[Bindings]:
+        self._done += weight
         try:
             yield from results
         finally:
-            self._done -= 1
+            self._done -= weight
 
     def _unify_all(self, pairs: list[tuple[sympy.Expr, sympy.Expr]], bound: Bindings) -> Iterator[Bindings]:
         if not pairs:
@@ -505,7 +537,7 @@ class Unifier:
             self._fail(p, t)
             return
         if len(have.args) != len(want.args):
-            if self._done or want.op not in ("linear", "stack"):  # neither by itself is a sign of an idiom
+            if self._done or want.op not in ("linear", "stack", "cat"):  # none by itself is a sign of an idiom
                 count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
                 self.note(max(self._progress, NEARLY + 0.1), count)
             return
@@ -584,9 +616,13 @@ class Unifier:
             # Bound parameters are divided out (or subtracted): they may themselves be sums and products.
             whole, part = func(*have), func(*(bound[a] for a in known))
             rest = decimal(whole / part if func is sympy.Mul else whole - part)
-            if rest.count_ops() >= max(whole.count_ops(), 1):
+            fewer = len(func.make_args(rest)) < len(func.make_args(whole))
+            if not fewer and rest.count_ops() >= max(whole.count_ops(), 1):
                 names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
-                self.note(self._progress, lambda: f"expected {names}, found {self._found(whole)}")
+                # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
+                related = any(self.view.terms.are_related(whole, bound[a]) for a in known)
+                told = related or not all(map(self._is_activation, known))
+                self.note(self._progress, told and (lambda: f"expected {names}, found {self._found(whole)}"))
                 return
             want = [a for a in want if a not in known]
             have = [] if rest == func.identity else list(rest.args) if rest.func is func else [rest]
@@ -604,10 +640,19 @@ class Unifier:
             yield from self.unify(p, func(*have), bound)
             return
         if not have:
-            self.note(self._progress, lambda: f"expected {self._expected(p)} as well")
+            told = not self._is_activation(p)
+            self.note(self._progress, told and (lambda: f"expected {self._expected(p)} as well"))
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
+
+
+def _is_root(value: sympy.Expr) -> bool:
+    return value.is_Pow and value.exp.is_number and not value.exp.is_integer
+
+
+def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return a.is_number and b.is_number and not _close(a, b)
 
 
 def describe(expr: sympy.Expr, terms: Terms) -> str:

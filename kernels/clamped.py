@@ -15,7 +15,17 @@ from .gated import grid_of
 def clamped_glu_reference(
     gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, offset: float = 0.0
 ) -> torch.Tensor:
-    """Plain PyTorch `clamped_glu`."""
+    """Plain PyTorch `clamped_glu`.
+
+    Arguments, results and errors are those of `clamped_glu`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import clamped_glu_reference
+        >>> gate, up = torch.tensor([0.0, 9.0]), torch.tensor([5.0, -9.0])
+        >>> clamped_glu_reference(gate, up, limit=7.0, offset=1.0).round(decimals=2)
+        tensor([  0.0000, -41.9600])
+    """
     _check(gate, up, limit)
     gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     activated = F.silu(gate) if alpha == 1 else gate * torch.sigmoid(gate * alpha)
@@ -25,7 +35,16 @@ def clamped_glu_reference(
 def packed_clamped_glu_reference(
     gate_up: torch.Tensor, limit: float, alpha: float = 1.0, offset: float = 0.0, *, interleaved: bool = False
 ) -> torch.Tensor:
-    """Plain PyTorch `packed_clamped_glu`."""
+    """Plain PyTorch `packed_clamped_glu`.
+
+    Arguments, results and errors are those of `packed_clamped_glu`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import packed_clamped_glu_reference
+        >>> packed_clamped_glu_reference(torch.tensor([9.0, -9.0]), 7.0, offset=1.0).round(decimals=2)
+        tensor([-41.9600])
+    """
     _check_packed(gate_up, limit)
     return clamped_glu_reference(*_unpacked(gate_up, interleaved), limit, alpha, offset)
 
@@ -244,6 +263,14 @@ def clamped_glu(
         TypeError: if an input is not floating point.
 
     Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card", 2025, arXiv:2508.10925, section 2.2.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import clamped_glu
+        >>> gate, up = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+        >>> no_limit = torch.nn.functional.silu(gate) * up
+        >>> torch.allclose(clamped_glu(gate, up, limit=100.0), no_limit, atol=1e-6)
+        True
     """
     _check(gate, up, limit)
     if not use_triton(gate, up):
@@ -269,6 +296,14 @@ def packed_clamped_glu(
         TypeError: if gate_up is not floating point.
 
     Source: as for `clamped_glu`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import clamped_glu, packed_clamped_glu
+        >>> gate_up = torch.randn(2, 3, 16)
+        >>> pairs = packed_clamped_glu(gate_up, 7.0, 1.702, 1.0, interleaved=True)
+        >>> torch.allclose(pairs, clamped_glu(gate_up[..., ::2], gate_up[..., 1::2], 7.0, 1.702, 1.0))
+        True
     """
     _check_packed(gate_up, limit)
     if not use_triton(gate_up):

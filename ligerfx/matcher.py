@@ -813,10 +813,10 @@ def _best(misses: dict[Node, _Unifier], taken: set[Node], values: dict[Node, sym
         place = _neighbourhood(node, miss.size)
         if place & covered:
             continue
-        told = any(k.pattern is pattern and k.reason == miss.reason for k in kept)
         pair = len(pattern.variants[0].outputs) > 1  # its outputs alone look alike
-        if not (pair and told):
-            kept.append(NearMiss(pattern, node, miss.reason, miss.share))
+        reason = miss.reason
+        if not (pair and any(k.pattern is pattern and k.reason == reason for k in kept)):
+            kept.append(NearMiss(pattern, node, reason, miss.share))
             covered |= place
     return kept
 

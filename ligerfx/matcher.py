@@ -493,7 +493,7 @@ class _Unifier:
         """Bindings under which the first output is `value`, by the numbers of the parameters in `Variant.form` and each
         with how many comparisons it took; and the failure that came furthest."""
         first = self.variant.outputs[self.variant.search_order[0]]
-        if not self.may_unify(first, value, 1 + self.size // 2):
+        if not self.may_unify(first, value):
             return [], 0.0, ""
         number = {symbol: i for i, symbol in enumerate(self.variant.form[1])}
         found = [
@@ -501,11 +501,13 @@ class _Unifier:
         ]
         return found, self.share, self._reason
 
-    def may_unify(self, p: sympy.Expr, t: sympy.Expr, steps: int) -> bool:
-        """False where `unify`, with nothing bound, fails within so many comparisons: what fails in the first half of
-        a pattern is not even a near miss."""
+    def may_unify(self, p: sympy.Expr, t: sympy.Expr, done: int = 0) -> bool:
+        """False where `unify`, with nothing bound, fails after so few comparisons that it is not even a near miss.
+
+        `done` is how many have succeeded, and goes up as `_done` does. Only what is compared first is looked at.
+        """
         variant = self.variant
-        if not steps or p in variant.kinds:
+        if done > NEARLY * self.size or p in variant.kinds:
             return True
         if variant.is_constant(p):
             return t.is_number
@@ -513,8 +515,8 @@ class _Unifier:
         if p.is_Symbol:
             want, have = variant.terms.terms[p], self.view.terms.terms.get(t)
             if have is None or have.op != want.op:
-                return want.op in SIZED and self.may_unify(want.args[0], t, steps)
-            return len(have.args) != len(want.args) or self.may_unify(want.args[0], have.args[0], steps - 1)
+                return want.op in SIZED and self.may_unify(want.args[0], t, done)
+            return len(have.args) != len(want.args) or self.may_unify(want.args[0], have.args[0], done + 1)
         if p.is_Add or p.is_Mul:
             constant, want = variant.operands(p)
             if t.func != p.func and (len(want) > 1 or not (p.is_Mul or constant in variant.kinds)):
@@ -522,8 +524,8 @@ class _Unifier:
             _, have = self.view.operands(t, p.func)
             if constant in variant.kinds and len(have) > len(want):
                 return True
-            return any(self.may_unify(want[0], operand, steps - 1) for operand in have)
-        return p.func == t.func and len(p.args) == len(t.args) and self.may_unify(p.args[0], t.args[0], steps - 1)
+            return any(self.may_unify(want[0], operand, done + 1) for operand in have)
+        return p.func == t.func and len(p.args) == len(t.args) and self.may_unify(p.args[0], t.args[0], done + 1)
 
     def unify(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         """All extensions of `bound` under which the pattern value `p` is the graph value `t`."""

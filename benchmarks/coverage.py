@@ -30,7 +30,8 @@ def line(name: str, result: Result) -> str:
             return f"{name:28} {problem.upper()} {result[problem][:150]}"
     sites = "  ".join(f"{title} {_share(result, site)}" for site, title in SITES.items())
     verdict = "right" if is_right(result) else f"WRONG {_wrong(result)}"
-    return f"{name:28} {sites}  {result['seconds']:.1f} s  {verdict}  {_opaque(result)}"
+    unexplained = f"UNEXPLAINED {result['unexplained']}  " if result["unexplained"] else ""
+    return f"{name:28} {sites}  {result['seconds']:.1f} s  {verdict}  {unexplained}{_opaque(result)}"
 
 
 def summary(results: dict[str, Result]) -> str:
@@ -46,6 +47,8 @@ def summary(results: dict[str, Result]) -> str:
         total = sum(result["sites"][site] for result in ran)
         done = sum(min(result["rewritten"][site], result["sites"][site]) for result in ran)
         parts.append(f"{title} {done} of {total} ({done / max(total, 1):.0%}),")
+    missing = sum(len(places) for result in ran for places in result.get("unexplained", {}).values())
+    parts.append(f"{missing} sites neither rewritten nor explained,")
     slowest = max(ran, key=lambda result: result["seconds"], default=None)
     seconds = sorted(result["seconds"] for result in ran)
     if slowest:
@@ -73,7 +76,8 @@ def _page(results: dict[str, Result]) -> list[str]:
         "",
         "Sites are counted without ligerfx, by the classes of the modules that run and by the functions that the "
         "model's own code calls: a module that is an RMSNorm, one that multiplies an activation with something, one "
-        "that rotates q and k, a call of cross entropy. A column shows how many of them were rewritten. *fp32* says "
+        "that rotates q and k, a call of cross entropy. A column shows how many of them were rewritten; of each of the "
+        "others a near miss, or a module that stays as it is, gives the reason. *fp32* says "
         "whether loss, logits and every gradient are within 1e-5 of the original's, at the shape of the capture and at "
         "another one; *bf16* whether they are no further than 1.1 times the original's own error from fp32. "
         "*s* is the time of `optimize`.",
@@ -92,6 +96,10 @@ def _page(results: dict[str, Result]) -> list[str]:
         page.append(f"| {name} | {captured} | {' | '.join(shares)} | {fp32} | {bf16} | {result['seconds']:.1f} |")
     page += _list("Not built", {n: r["not built"] for n, r in results.items() if "not built" in r})
     page += _list("Crashed", {n: r["crashed"] for n, r in results.items() if "crashed" in r})
+    page += _list(
+        "Sites neither rewritten nor explained",
+        {n: _unexplained(r) for n, r in results.items() if r.get("unexplained")},
+    )
     page += _list("Modules that stay as they are", {n: _opaque(r) for n, r in results.items() if r.get("opaque")})
     misses = Counter((pattern, reason) for r in results.values() for pattern, _, _, reason in r.get("near_misses", ()))
     if misses:
@@ -121,6 +129,10 @@ def _opaque(result: Result) -> str:
     return "; ".join(
         f"{paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)}: {r}" for r, paths in reasons.items()
     )
+
+
+def _unexplained(result: Result) -> str:
+    return "; ".join(f"{SITES[site]} in {', '.join(places)}" for site, places in result["unexplained"].items())
 
 
 def _wrong(result: Result) -> str:

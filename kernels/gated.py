@@ -12,6 +12,7 @@ _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -48,6 +49,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
         # Written so that NaN passes, as it does in torch.relu.
         value = tl.where(x <= 0, 0.0, x)
         slope = tl.where(x <= 0, 0.0, 1.0)
+        if ACTIVATION == "relu2":
+            slope = 2.0 * value
+            value = value * value
     return value, slope
 
 
@@ -254,7 +258,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
     Args:
         gate: [..., I], floating point. Rows one stride apart (halves of a packed tensor) are not copied.
         up: [..., I], floating point.
-        activation: "silu" (SwiGLU), "gelu" (with erf; GEGLU), "gelu_tanh" or "relu" (ReGLU).
+        activation: "silu" (SwiGLU), "gelu" (with erf; GEGLU), "gelu_tanh", "relu" (ReGLU) or "relu2" (its square).
 
     Returns:
         [..., I], contiguous, in the promoted dtype of gate and up.

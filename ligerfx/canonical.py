@@ -31,14 +31,15 @@ _PRECISION = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32, torch.fl
 class Constant:
     """A captured constant of a pattern, while the pattern is traced: an ordinary number or string with a name."""
 
-    symbol: sympy.Symbol
+    symbol: sympy.Expr
 
     def __repr__(self) -> str:
         return str(self.symbol)
 
 
 class ConstantFloat(Constant, float):
-    pass
+    def __neg__(self) -> ConstantFloat:
+        return constant(-self.symbol, -float(self))
 
 
 class ConstantInt(Constant, int):
@@ -49,7 +50,7 @@ class ConstantStr(Constant, str):
     pass
 
 
-def constant(symbol: sympy.Symbol, value: float | int | str) -> Any:
+def constant(symbol: sympy.Expr, value: float | int | str) -> Any:
     """`value`, marked so that the canonical form shows `symbol` in its place."""
     cls = {float: ConstantFloat, int: ConstantInt, str: ConstantStr}[type(value)]
     marked = cls(value)
@@ -86,6 +87,19 @@ class Terms:
             self.terms[symbol] = term
             self.dtypes[symbol] = dtype
         return self.symbols[term]
+
+    def are_related(self, a: sympy.Expr, b: sympy.Expr) -> bool:
+        """Whether all that one of two values is made of goes into the other, itself or inside a term."""
+        return any(y.free_symbols and y.free_symbols <= self._inside(x) for x, y in ((a, b), (b, a)))
+
+    def _inside(self, value: sympy.Expr) -> set[sympy.Symbol]:
+        seen: set[sympy.Symbol] = set()
+        pending = set(value.free_symbols)
+        while pending:
+            seen.add(symbol := pending.pop())
+            for arg in self.terms[symbol].args if symbol in self.terms else ():
+                pending |= arg.free_symbols - seen
+        return seen
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,6 +143,22 @@ def decimal(expr: sympy.Expr) -> sympy.Expr:
     return expr.xreplace({c: number(float(f"{float(c):.15g}")) for c in constants}) if constants else expr
 
 
+LARGEST = 32
+"""Summands, multiplied out, of a value that an idiom may be found in. A matrix that is divided by the sums of its rows
+and columns in turn (Sinkhorn) would have 2 to the power of their number."""
+
+
+def _expanded_size(expr: sympy.Expr) -> int:
+    """How many summands there would be, numerator and denominator multiplied out."""
+    if expr.is_Add:
+        return sum(map(_expanded_size, expr.args))
+    if expr.is_Mul:
+        return math.prod(map(_expanded_size, expr.args))
+    if expr.is_Pow and expr.exp.is_Integer:
+        return min(_expanded_size(expr.base) ** abs(int(expr.exp)), 2 * LARGEST)
+    return 1
+
+
 def number(value: float | int) -> sympy.Expr:
     if isinstance(value, Constant):
         return value.symbol
@@ -153,7 +183,8 @@ class Canonicalizer:
 
     def value(self, node: Node) -> sympy.Expr:
         if node not in self._values:
-            self._values[node] = self._compute(node)
+            value = self._compute(node)
+            self._values[node] = self.leaf(node) if _expanded_size(value) > LARGEST else value
         return self._values[node]
 
     def _compute(self, node: Node) -> sympy.Expr:
@@ -441,6 +472,15 @@ def _rms_norm(
     if weight is not None:
         value = value * c.value(weight)
     return c.cast(value, inner, node.meta["val"].dtype, node)
+
+
+@_rule("clamp", "clip")
+def _clamp(c: Canonicalizer, node: Node, x: Node, min: Any = None, max: Any = None) -> sympy.Expr | None:
+    bounds = {name: value for name, value in (("min", min), ("max", max)) if value is not None}
+    if x.meta["val"].dtype != node.meta["val"].dtype or not x.meta["val"].is_floating_point():
+        return None
+    operands = [c.operand(node, value) for value in bounds.values()]
+    return None if None in operands else c.term(node, "clamp", tuple(bounds), c.value(x), *operands)
 
 
 @_rule("linear")

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from .canonical import SIZED, Canonicalizer, ConstantStr, Terms, decimal, is_cast, normal, number, op_name
 from .capture import works_in_place
 from .errors import CaptureError
-from .pattern import Pattern, Variant, check_dimensions, split
+from .pattern import Pattern, Variant, check_dimensions, split, weight
 from .symbols import FakeInputs, expression
 from .tracer import Tracer
 
@@ -136,8 +136,8 @@ class _View:
 
 
 def _uses(node: Node) -> int:
-    """How often a value is used, casts of it aside."""
-    return sum(_uses(user) if is_cast(user) else 1 for user in node.users)
+    """How often a value is used, casts of it aside. torch's own RMSNorm uses what it is given twice."""
+    return sum(_uses(user) if is_cast(user) else 2 if op_name(user) == "rms_norm" else 1 for user in node.users)
 
 
 class _Proofs:
@@ -294,7 +294,11 @@ class Matcher:
                 bindings = {parameters[number]: bound for number, bound in numbered.items()}
                 for match in self._prove(variant, {variant.search_order[0]: root}, bindings, unifier):
                     return match
-            if unifier.share > NEARLY and (root not in misses or unifier.share > misses[root].share):
+            if (
+                unifier.share > NEARLY
+                and unifier.is_near
+                and (root not in misses or unifier.share > misses[root].share)
+            ):
                 misses[root] = unifier
         return None
 
@@ -460,23 +464,30 @@ class _Unifier:
         self.view = view
         self.share = 0.0
         self.size = variant.size
-        self._reason: str | Callable[[], str] = ""
+        self._reason: str | Callable[[], str] | bool = False
         self._done = 0
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the proposal that came furthest is one to tell of."""
+        return bool(self._reason)
 
     @property
     def reason(self) -> str:
         """Why the proposal that came furthest failed."""
         return self._reason() if callable(self._reason) else self._reason
 
-    def note(self, share: float, reason: str | Callable[[], str]) -> None:
-        """Keeps the reason of the failure that came furthest. Text is made only where it is shown."""
+    def note(self, share: float, reason: str | Callable[[], str] | bool) -> None:
+        """Keeps the reason of the failure that came furthest, False where there is nothing to tell. Text is made only
+        where it is shown."""
         if share > max(self.share, NEARLY):  # a proposal that failed halfway never outranks one that was made
             self.share, self._reason = share, reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
+        told = not found.is_number or self.variant.is_constant(expected)  # else what is expected is not there at all
         self.note(
             self._progress,
-            lambda: f"expected {self._expected(expected)}, found {self._found(found)}",
+            told and (lambda: f"expected {self._expected(expected)}, found {self._found(found)}"),
         )
 
     def _found(self, value: sympy.Expr) -> str:
@@ -494,7 +505,7 @@ class _Unifier:
         with how many comparisons it took; and the failure that came furthest."""
         first = self.variant.outputs[self.variant.search_order[0]]
         if not self.may_unify(first, value):
-            return [], 0.0, ""
+            return [], 0.0, False
         number = {symbol: i for i, symbol in enumerate(self.variant.form[1])}
         found = [
             ({number[symbol]: v for symbol, v in bound.items()}, self._done) for bound in self.unify(first, value, {})
@@ -525,7 +536,9 @@ class _Unifier:
             if constant in variant.kinds and len(have) > len(want):
                 return True
             return any(self.may_unify(want[0], operand, done + 1) for operand in have)
-        return p.func == t.func and len(p.args) == len(t.args) and self.may_unify(p.args[0], t.args[0], done + 1)
+        return (
+            p.func == t.func and len(p.args) == len(t.args) and self.may_unify(p.args[0], t.args[0], done + weight(p))
+        )
 
     def unify(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         """All extensions of `bound` under which the pattern value `p` is the graph value `t`."""
@@ -540,7 +553,8 @@ class _Unifier:
                 yield {**bound, p: t}
             else:
                 share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
-                self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes")
+                told = not t.is_number
+                self.note(share, told and (lambda: f"{p}: {self._found(t)} is no value that the model computes"))
         elif self.variant.is_constant(p):
             yield from self._unify_number(p, t, bound)
         elif t in self.view.inner:  # taken as given, but the pattern has more than a parameter here
@@ -550,16 +564,36 @@ class _Unifier:
         elif p.is_Add or p.is_Mul:
             yield from self._unify_sum(p, t, bound)
         elif p.func == t.func and len(p.args) == len(t.args):
-            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound))
+            if p.is_Pow and _unlike(p.exp, t.exp) and not (_is_root(p) and self._has_root(t)):
+                # x / mean(x**2) is nearly a norm, x / sum(x) is none.
+                before = self.share, self._reason
+                if not any(True for _ in self._counted(self.unify(p.base, t.base, bound))):
+                    self.share, self._reason = before
+                    self.note(self._progress, False)
+                    return
+            yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound), weight(p))
         else:
             self._fail(p, t)
 
-    def _counted(self, results: Iterator[Bindings]) -> Iterator[Bindings]:
-        self._done += 1
+    def _has_root(self, value: sympy.Expr) -> bool:
+        """Whether there is a root in a value, or in what its terms are made of."""
+        terms = [self.view.terms.terms[s] for s in value.free_symbols if s in self.view.terms.terms]
+        powers = (
+            power for part in (value, *(a for term in terms for a in term.args)) for power in part.atoms(sympy.Pow)
+        )
+        return any(map(_is_root, powers))
+
+    def _is_activation(self, parameter: sympy.Expr) -> bool:
+        """Whether a parameter is a tensor of any number of leading dimensions. An idiom that lacks one of those is
+        another: an MLP without a gate."""
+        return "..." in (self.variant.pattern.tensors.get(str(parameter)) or "")
+
+    def _counted(self, results: Iterator[Bindings], weight: int = 1) -> Iterator[Bindings]:
+        self._done += weight
         try:
             yield from results
         finally:
-            self._done -= 1
+            self._done -= weight
 
     def _unify_all(self, pairs: list[tuple[sympy.Expr, sympy.Expr]], bound: Bindings) -> Iterator[Bindings]:
         if not pairs:
@@ -602,7 +636,7 @@ class _Unifier:
             self._fail(p, t)
             return
         if len(have.args) != len(want.args):
-            if self._done or want.op not in ("linear", "stack"):  # neither by itself is a sign of an idiom
+            if self._done or want.op not in ("linear", "stack", "cat"):  # none by itself is a sign of an idiom
                 count = f"{want.op}: expected {len(want.args)} operands, found {len(have.args)}"
                 self.note(max(self._progress, NEARLY + 0.1), count)
             return
@@ -681,11 +715,18 @@ class _Unifier:
             # Bound parameters are divided out (or subtracted): they may themselves be sums and products.
             rest = _without(tuple(have), tuple(bound[a] for a in known), func)
             if rest is None:
+                whole = func(*have)
+                # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
+                related = any(self.view.terms.are_related(whole, bound[a]) for a in known)
+                told = related or not all(map(self._is_activation, known))
                 self.note(
                     self._progress,
-                    lambda: (
-                        f"expected {', '.join(f'{a} = {self._found(bound[a])}' for a in known)}, "
-                        f"found {self._found(func(*have))}"
+                    told
+                    and (
+                        lambda: (
+                            f"expected {', '.join(f'{a} = {self._found(bound[a])}' for a in known)}, "
+                            f"found {self._found(whole)}"
+                        )
                     ),
                 )
                 return
@@ -705,10 +746,19 @@ class _Unifier:
             yield from self.unify(p, func(*have), bound)
             return
         if not have:
-            self.note(self._progress, lambda: f"expected {self._expected(p)} as well")
+            told = not self._is_activation(p)
+            self.note(self._progress, told and (lambda: f"expected {self._expected(p)} as well"))
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
+
+
+def _is_root(value: sympy.Expr) -> bool:
+    return value.is_Pow and value.exp.is_number and not value.exp.is_integer
+
+
+def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return a.is_number and b.is_number and not _close(a, b)
 
 
 def describe(expr: sympy.Expr, terms: Terms) -> str:
@@ -741,7 +791,8 @@ def _without(operands: tuple[sympy.Expr, ...], taken: tuple[sympy.Expr, ...], fu
     """A product divided by others (or a sum less others), None where that is no simpler."""
     whole, part = func(*operands), func(*taken)
     rest = decimal(whole / part if func is sympy.Mul else whole - part)
-    return rest if rest.count_ops() < max(whole.count_ops(), 1) else None
+    fewer = len(func.make_args(rest)) < len(func.make_args(whole))
+    return rest if fewer or rest.count_ops() < max(whole.count_ops(), 1) else None
 
 
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:

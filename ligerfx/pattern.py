@@ -156,7 +156,8 @@ class Variant:
                 return tuple(map(numbered, value))
             value = getattr(value, "symbol", value)
             if value in self.kinds:
-                return "parameter", self.kinds[value], numbers.setdefault(value, len(numbers))
+                dimensions = self.pattern.tensors.get(str(value)) or ""
+                return "parameter", self.kinds[value], "..." in dimensions, numbers.setdefault(value, len(numbers))
             if value in self.terms.terms:
                 term = self.terms.terms[value]
                 return term.op, numbered(term.attrs), numbered(term.args)
@@ -172,7 +173,7 @@ class Variant:
     def _size(self, value: sympy.Expr) -> int:
         if value in self.terms.terms:
             return 1 + sum(self._size(a) for a in self.terms.terms[value].args)
-        return (1 if value.args else 0) + sum(self._size(a) for a in value.args)
+        return weight(value) + sum(self._size(a) for a in value.args)
 
     def is_constant(self, value: sympy.Expr) -> bool:
         """Whether a value is made of numbers and captured constants."""
@@ -209,6 +210,11 @@ class Variant:
                 for arg in self.terms.terms[symbol].args:
                     found |= self.parameters_in(arg)
         return found
+
+
+def weight(value: sympy.Expr) -> int:
+    """What it counts for that a step is recognised: products and sums are everywhere, functions tell."""
+    return 2 if isinstance(value, (sympy.Function, sympy.Max)) else 1 if value.args else 0
 
 
 def split(value: sympy.Expr, func: Any, is_constant: Callable[[sympy.Expr], bool]) -> tuple[sympy.Expr, list]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TITLES = {
     "rms_norm": "RMSNorm",
+    "layer_norm": "LayerNorm",
     "rope": "RoPE",
     "glu": "GLU",
     "linear_cross_entropy": "logits + loss",

@@ -163,6 +163,11 @@ def expression(size: int | torch.SymInt) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def first_expression(size: int | torch.SymInt) -> sympy.Expr:
+    """The expression of a size as it was at first: a guard may have made a number of it, or another size."""
+    return size.node._expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,

@@ -311,6 +311,8 @@ class Tracer(TorchFunctionMode):
             return size
         if isinstance(value, torch.Size):
             return tuple(self._arg(frame, v) for v in value)
+        if type(value).__module__ == "numpy" and value.ndim == 0:  # `np.sqrt(head_dim)`: a float by another name
+            return value.item()
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, (tuple, list)):

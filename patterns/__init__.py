@@ -14,12 +14,13 @@ def default_patterns(low_memory: bool = False) -> list[Pattern]:
     Args:
         low_memory: whether kernels save memory where that takes a little time (see `optimize`).
     """
-    from . import glu, logits_loss, norm, norm_linear, rotary
+    from . import glu, layer_norm, logits_loss, norm, norm_linear, rotary
 
     return [
         *logits_loss.patterns(low_memory),
         *norm_linear.PATTERNS,
         *norm.PATTERNS,
+        *layer_norm.PATTERNS,
         *rotary.PATTERNS,
         *glu.patterns(low_memory),
     ]

@@ -46,10 +46,10 @@ def _alone_applies(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str
     return _applies(x, torch.empty_like(x), cos, sin)
 
 
-def _rope_alone(x, cos, sin):
+def _rope_alone(x, cos, sin, pairs="halves"):
     """`rope` of x and of no heads."""
     nothing = x.narrow(1 if cos.shape[1] == 1 else 2, 0, 0)
-    return rope(x, nothing, cos, sin)[0]
+    return rope(x, nothing, cos, sin, pairs=pairs)[0]
 
 
 def _alone(name: str, rotated: str) -> Pattern:
@@ -61,6 +61,17 @@ def _alone(name: str, rotated: str) -> Pattern:
     alone.__name__ = name
     alone.__annotations__ |= {"x": f"B * * {rotated}"}
     return pattern(replace=_rope_alone, idioms=["rope"], when=_alone_applies)(alone)
+
+
+def _rope_in_fp32(x, cos, sin):
+    return _rope_alone(x.float(), cos.float(), sin.float(), "neighbours").to(x.dtype)
+
+
+@pattern(replace=_rope_in_fp32, idioms=["rope"], when=_alone_applies)
+def rotary_of_neighbours_alone(x: "B * * R", cos: "* * * R", sin: "* * * R"):
+    """q, k and what attention gives (DeepSeek V4), each by itself and in float32."""
+    h = x.float()
+    return rope_reference(h, h, cos, sin, pairs="neighbours")[0].to(x.dtype)
 
 
 def _pairwise(name: str, rotated: str, **order) -> Pattern:
@@ -170,4 +181,5 @@ PATTERNS = [
     complex_rotary,
     _alone("partial_rotary_alone", "D"),
     _alone("rotary_alone", "R"),
+    rotary_of_neighbours_alone,
 ]

@@ -83,8 +83,8 @@ def counted(model: nn.Module) -> Iterator[Sites]:
     def enter(module: nn.Module, _: Any) -> None:
         path = paths.get(id(module), "?")
         running.append(path)
-        if is_rms_norm(type(module)):
-            sites.rms_norm.add(path)
+        if is_rms_norm(type(module)) and not any(is_rms_norm(type(child)) for child in module.children()):
+            sites.rms_norm.add(path)  # (and no wrapper of one)
         if is_glu(type(module)):
             sites.glu.add(path)
 

@@ -5,7 +5,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from ligerfx.canonical import Canonicalizer, Terms, normal, number
+from ligerfx.canonical import LARGEST, Canonicalizer, Terms, normal, number
 from ligerfx.symbols import FakeInputs
 from ligerfx.tracer import Tracer
 
@@ -323,3 +323,15 @@ def test_number():
     assert number(2.0) == sympy.Integer(2) and number(2.0).is_Integer
     assert number(float("inf")) != number(float("nan"))
     assert number(0.1) == sympy.Float(0.1)
+
+
+def test_dividing_by_sums_in_turn_stays_small():
+    """Twenty rounds of Sinkhorn would be 2**40 summands, multiplied out; an idiom has no value so large."""
+
+    def sinkhorn(x, y, w):
+        for _ in range(20):
+            x = x / (x.sum(-1, keepdim=True) + 1e-6)
+            x = x / (x.sum(-2, keepdim=True) + 1e-6)
+        return x
+
+    assert len(sympy.Add.make_args(Values()(sinkhorn))) <= LARGEST

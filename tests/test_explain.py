@@ -81,6 +81,25 @@ def test_a_match_that_is_obstructed_has_all_lines():
     assert found.missed[0].advice.startswith("Compute `silu` again for idioms.py:")
 
 
+def test_a_near_miss_beside_a_rewrite():
+    """The layer is found in the pattern's lines, though the graph no longer reads its weight."""
+
+    class Beside(GateIsUsedTwice):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(64, 64)
+
+        def forward(self, x):
+            eps = 1e-6
+            normed = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+            return super().forward(torch.exp(self.down(normed)))
+
+    gm = ligerfx.optimize(Beside(), (ALMOST_INPUT,))
+    found = ligerfx.explain(gm, "")
+    assert [r.pattern for r in found.rewrites] == ["rms_norm_rounded_first"]
+    assert [(m.miss.pattern, [line.found for line in m.lines]) for m in found.missed] == [("silu_glu", [True, True])]
+
+
 def by_hand(x):
     return torch.tanh(1 + torch.exp(-x)) * x
 

@@ -565,6 +565,38 @@ def test_arguments_with_defaults_and_keywords():
         assert torch.equal(optimised(*args, **kwargs), module(*args, **kwargs))
 
 
+def test_a_size_that_must_be_one_number():
+    """As of an image, which only the module inside looks at: every caller says so of its own input."""
+
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(4, H)
+
+        def forward(self, image):
+            if image.shape[1] != 6:
+                raise ValueError("the image must have 6 rows")
+            return self.project(image.reshape(image.shape[0], 6, -1))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.norm = Patches(), Norm()
+
+        def forward(self, image):
+            return self.norm(self.patches(image))
+
+    model = Model()
+    optimised = ligerfx.optimize(model, (torch.randn(2, 6, 4),))
+    assert not optimised.report.opaque and optimised.report.idioms == {"rms_norm": 1}
+    for batch_size in (2, 5):
+        image = torch.randn(batch_size, 6, 4)
+        torch.testing.assert_close(optimised(image), model(image), rtol=1e-6, atol=1e-6)
+    assert set(programs(optimised).values()) == {1}
+    with pytest.raises(ValueError, match="6 rows"):
+        optimised(torch.randn(2, 7, 4))
+
+
 def test_requires_grad_of_inputs_does_not_matter():
     module = Norm()
     optimised = ligerfx.optimize(module, (torch.randn(2, 3, H),))

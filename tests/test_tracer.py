@@ -4,6 +4,7 @@ import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -436,6 +437,12 @@ def test_number_of_any_kind_is_never_stale(values):
     optimised = ligerfx.optimize(module, {"x": x(2, 6), "n": values[0]})
     for n in values:
         assert_equal(optimised, module, x(2, 6), n=n)
+
+
+def test_number_of_numpy():
+    """A constant of the graph, whose code does not know numpy."""
+    module = Block(lambda self, x: x / np.sqrt(16.0) + np.int64(2))
+    assert_equal(ligerfx.optimize(module, (x(2, 6),)), module, x(3, 5))
 
 
 def test_tensor_in_place_of_a_number():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import zoo
-from sites import counted
+from sites import Sites, counted
 from torch import Tensor, nn
 
 import ligerfx
@@ -52,6 +52,9 @@ def check(name: str) -> dict[str, Any]:
         site: sum(report.idioms.get(idiom, 0) for idiom in idioms) for site, idioms in IDIOMS.items()
     }
     result["patterns"] = dict(Counter(rewrite.pattern for rewrite in report.rewrites))
+    result["unexplained"] = {
+        site: missing for site in IDIOMS if (missing := unexplained(sites, report, site, result["rewritten"][site]))
+    }
     result["near_misses"] = sorted({(m.pattern, _folded(m.module), m.source, m.reason) for m in report.near_misses})
 
     result["fp32"] = differences(expected, run(optimised, inputs))
@@ -65,6 +68,26 @@ def check(name: str) -> dict[str, Any]:
     result["recaptured"] = sum(map(len, optimised._ligerfx_programs.values())) > 1
     result["bf16"] = low_precision(name, inputs)
     return result
+
+
+def unexplained(sites: Sites, report: ligerfx.Report, site: str, rewritten: int) -> list[str]:
+    """The places that were counted, of which none says that it was rewritten or why it was not."""
+    paths = list(getattr(sites, site))
+    if rewritten >= len(paths):
+        return []
+    done = {p for r in report.rewrites if set(r.idioms) & set(IDIOMS[site]) for p in (r.module, *r.reach)}
+    near = {m.module for m in report.near_misses if set(m.idioms) & set(IDIOMS[site])}
+    told = [p for p in paths if p in done or p in near or _is_opaque(p, report)]
+    # What owns no parameters stands in the code of its caller.
+    told += [p for p in paths if p not in report._code and p.rpartition(".")[0] in (done | near)]
+    return sorted(set(paths) - set(told))
+
+
+def _is_opaque(path: str, report: ligerfx.Report) -> bool:
+    """Whether a module was not captured, or is inside one that was not and has no capture of its own."""
+    while path not in report.opaque and path not in report._code and path:
+        path = path.rpartition(".")[0]
+    return path in report.opaque
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def test_rms_norm(shape, options, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 def test_glu(activation, dtype):
     gate, up = _randn(1000, 11008, dtype=dtype), _randn(1000, 11008, dtype=dtype)
     _assert_as_accurate(
@@ -72,6 +72,23 @@ def test_glu(activation, dtype):
         lambda x: kernels.packed_glu_reference(x, activation),
         [torch.cat([gate, up], -1)],
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clamped_glu(dtype):
+    gate, up = _randn(1000, 2880, dtype=dtype), _randn(1000, 2880, dtype=dtype)
+    options = {"limit": 1.0, "alpha": 1.702, "offset": 1.0}
+    _assert_as_accurate(
+        lambda g, u: kernels.clamped_glu(g, u, **options),
+        lambda g, u: kernels.clamped_glu_reference(g, u, **options),
+        [gate, up],
+    )
+    for interleaved in (False, True):
+        _assert_as_accurate(
+            lambda x, i=interleaved: kernels.packed_clamped_glu(x, **options, interleaved=i),
+            lambda x, i=interleaved: kernels.packed_clamped_glu_reference(x, **options, interleaved=i),
+            [torch.cat([gate, up], -1)],
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

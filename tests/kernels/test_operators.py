@@ -5,11 +5,13 @@ import torch
 
 from ligerfx.kernels import (
     add_rms_norm,
+    clamped_glu,
     cross_entropy,
     glu,
     glu_linear,
     linear_cross_entropy,
     norm_rope,
+    packed_clamped_glu,
     packed_glu,
     packed_glu_linear,
     rms_norm,
@@ -55,6 +57,8 @@ CASES = {
     ),
     "glu": (glu, [(2, 5, 48), (2, 5, 48)], None),
     "packed_glu": (lambda x: packed_glu(x, "gelu_tanh"), [(2, 5, 96)], None),
+    "clamped_glu": (lambda g, u: clamped_glu(g, u, 0.7, 1.702, 1.0), [(2, 5, 48), (2, 5, 48)], None),
+    "packed_clamped_glu": (lambda x: packed_clamped_glu(x, 0.7, interleaved=True), [(2, 5, 96)], None),
     "glu_linear": (glu_linear, [(2, 5, 48), (2, 5, 48), (32, 48)], None),
     "packed_glu_linear": (packed_glu_linear, [(2, 5, 96), (32, 48)], None),
     "rope": (rope, [(2, 4, 5, 16), (2, 2, 5, 16)], _tables),
@@ -114,10 +118,13 @@ def _operator_calls(device):
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
         yield ops.rms_norm_backward, (h.clone(), h.clone(), h, w, rstd, 0.0, False, *needs)
         yield ops.glu_backward, (h.clone(), h, h.clone(), "silu", *needs)
+        yield ops.clamped_glu_backward, (h.clone(), h, h.clone(), 7.0, 1.702, 1.0, False, *needs[:2])
     a, b = torch.randn(4, 10, 16, device=device), torch.randn(4, 16, 32, device=device)
     yield ops.sum_of_products, (a[0], b[0], list(a[1:]), list(b[1:]))
     packed = torch.randn(2, 5, 64, device=device)
     yield ops.glu, (packed, None, "relu")
+    yield ops.clamped_glu, (packed, None, 7.0, 1.702, 1.0, True)
+    yield ops.clamped_glu_backward, (h, packed, None, 7.0, 1.702, 1.0, True, True, False)
     yield ops.glu_backward, (h, packed, None, "relu", True, False, True)
     q, k = (torch.randn(2, 5, n, 16, device=device).transpose(1, 2) for n in (4, 2))
     cos, sin = _tables(device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ReLUSquaredActivation
 
 import ligerfx
 
@@ -80,7 +81,13 @@ RELU = {
     "torch": (torch.relu, 0),
     "method": (lambda x: x.relu(), 0),
 }
-ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU}
+RELU2 = {
+    "functional": (lambda x: F.relu(x).square(), 0),
+    "module": (ReLUSquaredActivation(), 0),
+    "pow": (lambda x: torch.pow(F.relu(x), 2), 1e-6),
+    "product": (lambda x: x.relu() * x.relu(), 1e-6),
+}
+ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu": RELU, "relu2": RELU2}
 SPELLINGS = [(kind, name, *entry) for kind, table in ACTIVATIONS.items() for name, entry in table.items()]
 spellings = pytest.mark.parametrize(
     ("kind", "activation", "rtol"), [pytest.param(k, a, r, id=f"{k}-{n}") for k, n, a, r in SPELLINGS]
@@ -301,6 +308,55 @@ def test_in_the_interpreter(optimise, monkeypatch):
     optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu_linear"], rtol=1e-5)
 
 
+def halved(x):
+    return x.chunk(2, dim=-1)
+
+
+def taking_turns(x):
+    return x[..., ::2], x[..., 1::2]
+
+
+def gpt_oss(gate, up, limit=0.9, low=None):
+    gate, up = gate.clamp(min=None, max=limit), up.clamp(min=-limit if low is None else low, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
+def deepseek(gate, up):
+    return F.silu(torch.clamp(gate, max=0.9)) * torch.clip(up, -0.9, 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", [gpt_oss, deepseek])
+def test_clamped(optimise, calls, function, dtype):
+    """To the bit in float32. Roundings between ops of one dtype are left to the kernel."""
+    options = (
+        {"limit": 0.9, "alpha": 1.702, "offset": 1.0}
+        if function is gpt_oss
+        else {"limit": 0.9, "alpha": 1.0, "offset": 0.0}
+    )
+    for parts, name in ((halved, "packed_clamped_glu"), (taking_turns, "interleaved_clamped_glu")):
+        report = optimise(Function(lambda x, p=parts: function(*p(x))), packed(2, 3, dtype=dtype), [name])
+        assert {k: pytest.approx(v) for k, v in report.rewrites[0].constants.items()} == options
+    optimise(Function(function), pair(2, 3, dtype=dtype), ["clamped_glu"], others=[pair(1, 1, dtype=dtype)])
+
+
+NOT_CLAMPED_ALIKE = {
+    "another lower bound": lambda g, u: gpt_oss(g, u, low=-0.8),
+    "no lower bound": lambda g, u: (
+        (u.clamp(max=0.9) + 1) * (g.clamp(max=0.9) * torch.sigmoid(g.clamp(max=0.9) * 1.702))
+    ),
+    "limits that differ": lambda g, u: F.silu(g.clamp(max=0.8)) * u.clamp(-0.9, 0.9),
+    "a gate with a lower bound": lambda g, u: F.silu(g.clamp(-0.9, 0.9)) * u.clamp(-0.9, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CLAMPED_ALIKE)
+def test_clamped_in_another_way(optimise, name):
+    """What is clamped may be gate and up of a unit that does not clamp."""
+    shifted = "lower" in name and "gate" not in name
+    optimise(Function(NOT_CLAMPED_ALIKE[name]), pair(2, 3), [] if shifted else ["silu_glu"])
+
+
 # -- what must not match -------------------------------------------------------------------------------------
 
 NEVER = {
@@ -311,7 +367,7 @@ NEVER = {
     "quotient": (lambda g, u: F.silu(g) / u, None, None),
     "sigmoid gate": (lambda g, u: torch.sigmoid(g) * u, None, None),
     "tanh gate": (lambda g, u: torch.tanh(g) * u, None, None),
-    "relu squared": (lambda g, u: F.relu(g) ** 2 * u, None, None),
+    "relu cubed": (lambda g, u: F.relu(g) ** 3 * u, None, None),
     "relu6": (lambda g, u: F.relu6(g) * u, None, None),
     "leaky relu": (lambda g, u: F.leaky_relu(g) * u, None, None),
     "mish": (lambda g, u: F.mish(g) * u, None, None),
@@ -365,6 +421,28 @@ def every_second(x):
 )
 def test_what_is_not_two_halves_is_not_packed(optimise, function):
     optimise(Function(function), packed(2, 3), ["silu_glu"])
+
+
+def shares(x):
+    return x / (x.sum(-1, keepdim=True) + 1e-6)
+
+
+NO_UNIT = {
+    "gelu": lambda x, y, w: F.linear(F.gelu(F.linear(x, w)), w),
+    "tanh gelu": lambda x, y, w: F.linear(F.gelu(F.linear(x, w), approximate="tanh"), w),
+    "silu": lambda x, y, w: F.linear(F.silu(F.linear(x, w)), w),
+    "quick gelu": lambda x, y, w: F.linear(x * torch.sigmoid(1.702 * x), w),
+    "relu squared": lambda x, y, w: F.linear(F.relu(F.linear(x, w)).square(), w),
+    "a product": lambda x, y, w: F.linear(x * y, w),
+    "a sigmoid gate": lambda x, y, w: F.linear(torch.sigmoid(F.linear(x, w)) * y, w),
+    "shares of the chosen": lambda x, y, w: shares(x.sigmoid().topk(2, -1)[0]),
+}
+
+
+@pytest.mark.parametrize("name", NO_UNIT)
+def test_what_is_no_gated_unit_is_no_near_miss(optimise, name):
+    report = optimise(Function(NO_UNIT[name]), [*pair(2, 3), torch.randn(I, I)], [])
+    assert not report.near_misses, report.near_misses
 
 
 @pytest.mark.parametrize("function", [lambda g, u: (F.silu(g) * u, F.silu(g)), lambda g, u: (F.silu(g) * u, u + 1)])

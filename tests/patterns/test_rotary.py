@@ -399,6 +399,23 @@ def test_three_tensors_rotated(optimise):
     optimise(QAndK(function), [q, k, torch.randn_like(k), cos, sin], [PATTERN, "rotary_alone"], rtol=1e-6)
 
 
+def test_neighbours_of_one_tensor(optimise):
+    """As DeepSeek V4 does, the last elements of each head: in float32, with tables of one value for each pair."""
+
+    def function(x, cos, sin):
+        cos, sin = (t.repeat_interleave(2, dim=-1).unsqueeze(1) for t in (cos, sin))
+        still, moved = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :]
+        exchanged = torch.stack((-moved[..., 1::2], moved[..., 0::2]), dim=-1).flatten(-2)
+        turned = ((moved.float() * cos) + (exchanged.float() * sin)).to(x.dtype)
+        return torch.cat([still, turned], dim=-1)
+
+    q, _, cos, sin = call()
+    tables = [t[..., : D // 4].contiguous() for t in (cos, sin)]
+    optimise(QAndK(function), [q, *tables], ["rotary_of_neighbours_alone"], rtol=1e-6)
+    tables = [t.bfloat16() for t in tables]
+    optimise(QAndK(function), [q.bfloat16(), *tables], ["rotary_of_neighbours_alone"], rtol=2**-8)
+
+
 def test_one_tensor_as_q_and_k(optimise, assert_same):
     module = QAndK(lambda q, k, cos, sin: Rotary(standard)(q, q, cos, sin))
     inputs = call()

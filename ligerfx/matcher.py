@@ -92,7 +92,7 @@ class _Fail(Exception):
 Bindings = dict[sympy.Symbol, sympy.Expr]
 
 
-class _View:
+class View:
     """The canonical values of a graph, casts and roundings left out.
 
     With `cut`, arithmetic whose result is used more than once is taken as given: an input of the idiom may
@@ -216,8 +216,8 @@ class Matcher:
         self.fakes.proofs = fakes.proofs or _Proofs(fakes)
         _merge_equal_views(graph)
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.view = _View(graph)
-        cut = _View(graph, cut=True)
+        self.view = View(graph)
+        cut = View(graph, cut=True)
         self.views = [self.view, cut] if cut.inner else [self.view]
         self._kinds: dict[Node, tuple] = {}
         self._found: dict[tuple, Canonicalizer] = {}  # values as proofs see them, by what stands for the inputs
@@ -226,7 +226,7 @@ class Matcher:
         for view, node in itertools.product(self.views, self.view.values):
             if node.op not in ("placeholder", "get_attr"):
                 self._roots.setdefault(view.operation(view.computed[node]), set()).add(node)
-        self._proposals: dict[tuple, tuple] = {}  # what a _Unifier finds, by the pattern's form, view and value
+        self._proposals: dict[tuple, tuple] = {}  # what a Unifier finds, by the pattern's form, view and value
 
     def find(
         self, patterns: Sequence[Pattern], refuse: Callable[[Match], str | None] | None = None
@@ -236,7 +236,7 @@ class Matcher:
 
         `refuse` is asked about each before it is chosen, and may say why it must not be; then others may match there.
         """
-        misses: dict[Node, _Unifier] = {}
+        misses: dict[Node, Unifier] = {}
         refused: list[NearMiss] = []
         matches: list[Match] = []
         taken: set[Node] = set()
@@ -257,7 +257,7 @@ class Matcher:
                 return matches, refused + _best(misses, taken, self.view.values)
 
     def _candidates(
-        self, patterns: Sequence[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
+        self, patterns: Sequence[Pattern], taken: set[Node], misses: dict[Node, Unifier]
     ) -> list[tuple[float, int, int, int, Match]]:
         """Matches that leave alone what is taken, each with its place in the order of preference. What lies inside
         one of them is not looked at again, unless that one is not chosen."""
@@ -283,9 +283,9 @@ class Matcher:
         roots = self._roots.values() if None in operations else (self._roots.get(o, ()) for o in operations)
         return sorted(set().union(*roots), key=self.order.__getitem__, reverse=True)
 
-    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, _Unifier]) -> Match | None:
+    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, Unifier]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
-            unifier, value = _Unifier(variant, view), view.computed[root]
+            unifier, value = Unifier(variant, view), view.computed[root]
             form, parameters = variant.form
             if (form, view, value) not in self._proposals:  # many patterns begin alike
                 self._proposals[form, view, value] = unifier.proposals(value)
@@ -302,9 +302,7 @@ class Matcher:
                 misses[root] = unifier
         return None
 
-    def _prove(
-        self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: _Unifier
-    ) -> Iterator[Match]:
+    def _prove(self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: Unifier) -> Iterator[Match]:
         """The usable matches that follow from a proposal: further outputs located, inputs chosen among nodes of
         equal value, each choice proved. `roots` holds the nodes of the outputs found so far."""
         cone = self._cone(roots.values())
@@ -404,7 +402,7 @@ class Matcher:
             pending += node.meta.get("parameters", {}).values()
         return seen
 
-    def _is_obstructed(self, match: Match, unifier: _Unifier, share: float) -> bool:
+    def _is_obstructed(self, match: Match, unifier: Unifier, share: float) -> bool:
         """Whether the match cannot be rewritten; the unifier is told why, for a match that came so far."""
         problem = self._obstacle(match)
         if problem is not None:
@@ -456,10 +454,10 @@ class Matcher:
         )
 
 
-class _Unifier:
+class Unifier:
     """Binds a pattern variant's parameters so that its canonical value becomes a given one."""
 
-    def __init__(self, variant: Variant, view: _View) -> None:
+    def __init__(self, variant: Variant, view: View) -> None:
         self.variant = variant
         self.view = view
         self.share = 0.0
@@ -772,6 +770,8 @@ def _term_text(term: Any, terms: Terms) -> str:
     if term.op == "leaf":
         return str(term.attrs[0])
     inner = [describe(a, terms) for a in term.args]
+    if term.op == "linear" and len(inner[0]) > 24:  # whose weight says which it is
+        inner[0] = "..."
     attrs = [_attribute(a) for a in term.attrs]
     return f"{term.op}({', '.join(inner + attrs)})"
 
@@ -857,13 +857,13 @@ def mutates(node: Node) -> bool:
     return works_in_place(op_name(node) or "", node.kwargs)
 
 
-def _best(misses: dict[Node, _Unifier], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
+def _best(misses: dict[Node, Unifier], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
     """Near misses away from any match, one for each place: of neighbouring ones the most complete."""
     kept: list[NearMiss] = []
     covered = taken | {n for n, value in values.items() if any(values.get(t) == value for t in taken)}
     for node, miss in sorted(misses.items(), key=lambda item: -item[1].share):
         pattern = miss.variant.pattern
-        place = _neighbourhood(node, miss.size)
+        place = neighbourhood(node, miss.size)
         if place & covered:
             continue
         pair = len(pattern.variants[0].outputs) > 1  # its outputs alone look alike
@@ -874,7 +874,7 @@ def _best(misses: dict[Node, _Unifier], taken: set[Node], values: dict[Node, sym
     return kept
 
 
-def _neighbourhood(node: Node, reach: int) -> set[Node]:
+def neighbourhood(node: Node, reach: int) -> set[Node]:
     """The node and the operations up to `reach` steps before it, inputs and parameters left out."""
     seen: set[Node] = set()
     front = {node}

@@ -11,6 +11,7 @@ there is a `round` term. A cast that changes no value (fp32 to fp32, or an input
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -101,6 +102,7 @@ class Terms:
         return seen
 
 
+@functools.lru_cache(maxsize=4096)
 def normal(expr: sympy.Expr) -> sympy.Expr:
     """One form for algebraically equal expressions: multiplied out, floats rounded to what fp32 resolves."""
     expanded = decimal(sympy.expand(expr, power_base=False, power_exp=False, log=False))
@@ -133,6 +135,7 @@ def content(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     return factor, decimal(sympy.expand(expr / factor, power_base=False, power_exp=False, log=False))
 
 
+@functools.lru_cache(maxsize=4096)
 def decimal(expr: sympy.Expr) -> sympy.Expr:
     """`expr` with every fraction as a float and every whole float as an integer: one spelling of constants. The square
     of a root of 8 is 8."""

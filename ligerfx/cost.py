@@ -5,10 +5,10 @@ Nothing is measured here. Figures are bytes for one token: sizes that come from 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-import sympy
 import torch
 from torch.fx import Node
 
@@ -110,6 +110,10 @@ def size(nodes: Iterable[Node]) -> int:
     for node in nodes:
         val = node.meta.get("val")
         if node.op != "get_attr" and isinstance(val, torch.Tensor) and val.is_floating_point():
-            elements = sympy.Mul(*(expression(s) for s in val.shape))
-            total += int(elements.subs(dict.fromkeys(elements.free_symbols, 1))) * val.element_size()
+            total += math.prod(_for_one_token(s) for s in val.shape) * val.element_size()
     return total
+
+
+def _for_one_token(size: int | torch.SymInt) -> int:
+    expr = expression(size)
+    return int(expr.subs(dict.fromkeys(expr.free_symbols, 1))) if expr.args else 1 if expr.is_Symbol else int(expr)

@@ -8,6 +8,7 @@ canonical value of the graph. Only what is proved is rewritten.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,8 +83,9 @@ class NearMiss:
 
 
 class _Fail(Exception):
-    def __init__(self, reason: str, share: float = 1.0) -> None:
-        super().__init__(reason)
+    def __init__(self, reason: str | Callable[[], str], share: float = 1.0) -> None:
+        super().__init__()
+        self.reason = reason
         self.share = share
 
 
@@ -120,6 +122,11 @@ class View:
             if term is not None and term.op in SIZED:
                 self.alike.setdefault((term.op, term.args), []).append(value)
 
+    def operation(self, value: sympy.Expr) -> Any:
+        """What computes a value: the name of a term's operation, or a class of sympy."""
+        value = self.inner.get(value, value)
+        return self.terms.terms[value].op if value in self.terms.terms else value.func
+
     def operands(self, value: sympy.Expr, func: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
         """The constant and the other operands of a value, seen as a sum or a product."""
         if (value, func) not in self._operands:
@@ -133,18 +140,93 @@ def _uses(node: Node) -> int:
     return sum(_uses(user) if is_cast(user) else 2 if op_name(user) == "rms_norm" else 1 for user in node.users)
 
 
+class _Proofs:
+    """What patterns compute on inputs like those of one capture: what a proof compares with."""
+
+    def __init__(self, fakes: FakeInputs) -> None:
+        self.fakes = fakes
+        self.terms = Terms()
+        self._traced: dict[tuple, Graph | _Fail] = {}
+        self._wanted: dict[tuple, list[tuple[Node, sympy.Expr]]] = {}
+
+    def symbols(self, inputs: Iterable[Node]) -> dict[Node, sympy.Symbol]:
+        """Inputs by number, so that their values elsewhere are not worked out again."""
+        inputs = dict.fromkeys(inputs)
+        return {n: self.terms.symbol("leaf", (i,), (), n.meta["val"].dtype) for i, n in enumerate(inputs)}
+
+    def wanted(
+        self, variant: Variant, tensors: dict[str, torch.Tensor], constants: dict[str, Any],
+        symbols: dict[str, sympy.Symbol],
+    ) -> list[tuple[Node, sympy.Expr]]:  # fmt: skip
+        """The outputs of a pattern, nodes of its own graph, with their values. Raises _Fail where it does not run."""
+        like = {
+            name: (tuple(map(expression, (*v.shape, *v.stride()))), v.dtype, v.device) for name, v in tensors.items()
+        }
+        call = variant, tuple(like.items()), tuple(constants.items())
+        key = call, tuple(symbols.items())
+        if key not in self._wanted:
+            if call not in self._traced:
+                self._traced[call] = self._trace(variant, tensors, constants)
+            graph = self._traced[call]
+            if isinstance(graph, _Fail):
+                raise graph
+            values = Canonicalizer(self.terms, {n: symbols[n.target] for n in graph.nodes if n.op == "placeholder"})
+            self._wanted[key] = [(node, normal(values.value(node))) for node in _results(graph)]
+        return self._wanted[key]
+
+    def _trace(self, variant: Variant, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> Graph | _Fail:
+        """The pattern's own graph on inputs like these."""
+        # Each input is a tensor object of its own, also where the model passes one node twice.
+        fakes = {name: self.fakes.like(v) for name, v in tensors.items()}
+        arguments = dict.fromkeys(variant.absent) | constants | fakes
+        pattern = variant.pattern
+        ordered = {name: arguments[name] for name in (*pattern.tensors, *pattern.constants)}
+        try:
+            return Tracer(fakes=self.fakes).trace_function(pattern.function, ordered)
+        except (CaptureError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            return _Fail(f"the pattern does not run on these inputs: {error}")
+
+
+def _results(graph: Graph) -> list[Node]:
+    result = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def _difference(root: Node, want: Node, inputs: dict[str, Node]) -> str:
+    """How a node differs from an output of a pattern that was traced on inputs like these."""
+    a, b = want.meta["val"], root.meta["val"]
+    if a.dtype != b.dtype:
+        return f"expected a result in {a.dtype}, found {b.dtype}"
+    if a.shape != b.shape:
+        return f"expected a result of shape {list(a.shape)}, found {list(b.shape)}"
+    terms = Terms()
+    symbols = {node: terms.symbol("leaf", (node,), (), node.meta["val"].dtype) for node in inputs.values()}
+    given = {n: symbols[inputs[n.target]] for n in want.graph.nodes if n.op == "placeholder"}
+    values = Canonicalizer(terms, given).value(want), Canonicalizer(terms, dict(symbols)).value(root)
+    expected, found = (describe(normal(value), terms) for value in values)
+    return f"rounds at another place or differs in an attribute: expected {expected}, found {found}"
+
+
 class Matcher:
     """Matches patterns against one graph."""
 
     def __init__(self, graph: Graph, fakes: FakeInputs) -> None:
         self.graph = graph
         self.fakes = fakes
+        self.fakes.proofs = fakes.proofs or _Proofs(fakes)
         _merge_equal_views(graph)
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.view = View(graph)
         cut = View(graph, cut=True)
         self.views = [self.view, cut] if cut.inner else [self.view]
+        self._kinds: dict[Node, tuple] = {}
+        self._found: dict[tuple, Canonicalizer] = {}  # values as proofs see them, by what stands for the inputs
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
+        self._roots: dict[Any, set[Node]] = {}  # where a pattern may match, by the operation that computes the node
+        for view, node in itertools.product(self.views, self.view.values):
+            if node.op not in ("placeholder", "get_attr"):
+                self._roots.setdefault(view.operation(view.computed[node]), set()).add(node)
+        self._proposals: dict[tuple, tuple] = {}  # what a Unifier finds, by the pattern's form, view and value
 
     def find(
         self, patterns: Sequence[Pattern], refuse: Callable[[Match], str | None] | None = None
@@ -183,8 +265,8 @@ class Matcher:
         inside = set(taken)
         for rank, pattern in enumerate(patterns):
             outputs: set[Node] = set()
-            for root in reversed(self.view.values):
-                if root.op in ("placeholder", "get_attr") or root in inside or root in outputs:
+            for root in self._possible_roots(pattern):
+                if root in inside or root in outputs:
                     continue
                 if (pattern, root) not in self._looked_at:
                     self._looked_at[pattern, root] = self._match_at(pattern, root, misses)
@@ -195,14 +277,22 @@ class Matcher:
                     inside |= match.interior - set(match.outputs)
         return candidates
 
+    def _possible_roots(self, pattern: Pattern) -> list[Node]:
+        """Nodes that are computed by the same operation as a pattern's first output, last ones first."""
+        operations = {variant.operation for variant in pattern.variants}
+        roots = self._roots.values() if None in operations else (self._roots.get(o, ()) for o in operations)
+        return sorted(set().union(*roots), key=self.order.__getitem__, reverse=True)
+
     def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, Unifier]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
-            first = variant.search_order[0]
-            if not variant.may_be(first, view.computed[root], view.terms):
-                continue
-            unifier = Unifier(variant, view)
-            for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
-                for match in self._prove(variant, {first: root}, bindings, unifier):
+            unifier, value = Unifier(variant, view), view.computed[root]
+            form, parameters = variant.form
+            if (form, view, value) not in self._proposals:  # many patterns begin alike
+                self._proposals[form, view, value] = unifier.proposals(value)
+            proposals, unifier.share, unifier._reason = self._proposals[form, view, value]
+            for numbered, unifier._done in proposals:
+                bindings = {parameters[number]: bound for number, bound in numbered.items()}
+                for match in self._prove(variant, {variant.search_order[0]: root}, bindings, unifier):
                     return match
             if (
                 unifier.share > NEARLY
@@ -247,7 +337,7 @@ class Matcher:
             try:
                 outputs = self._proved_outputs(variant, roots, inputs, constants)
             except _Fail as failure:
-                unifier.note(failure.share, str(failure))
+                unifier.note(failure.share, failure.reason)
                 continue
             if match is None:
                 match = self._match(variant, inputs, constants, outputs)
@@ -275,62 +365,29 @@ class Matcher:
             problem = pattern.when(**tensors, **constants)
         if problem is not None:
             raise _Fail(problem, MISFIT)
-        graph = self._traced(variant, tensors, constants)
-        terms = Terms()
-        symbols = {node: terms.symbol("leaf", (node,), (), node.meta["val"].dtype) for node in inputs.values()}
-        expected = Canonicalizer(terms, {n: symbols[inputs[n.target]] for n in graph.nodes if n.op == "placeholder"})
-        found = Canonicalizer(terms, dict(symbols))
-        result = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
-        results = list(result) if isinstance(result, tuple) else [result]
+        proofs = self.fakes.proofs
+        symbols = proofs.symbols(inputs[name] for name in pattern.tensors if name in inputs)
+        wanted = proofs.wanted(variant, tensors, constants, {name: symbols[node] for name, node in inputs.items()})
+        known = tuple(symbols.items())
+        if known not in self._found:
+            self._found[known] = Canonicalizer(proofs.terms, symbols)
+        found = self._found[known]
         outputs: list[Node] = []
-        for position, want in enumerate(results):
-            wanted = normal(expected.value(want))
+        for position, (want, value) in enumerate(wanted):
             computed = [n for n in self.view.values if n.op not in ("placeholder", "get_attr")]
             nodes = [roots[position]] if position in roots else computed
-            node = next((n for n in nodes if _same_type(n, want) and normal(found.value(n)) == wanted), None)
+            kind = _kind(want)
+            node = next((n for n in nodes if self._kind(n) == kind and normal(found.value(n)) == value), None)
             if node is None:
                 root = roots.get(position, next(iter(roots.values())))
-                raise _Fail(self._difference(root, want, expected, found, terms))
+                raise _Fail(functools.partial(_difference, root, want, inputs))
             outputs.append(node)
         return outputs
 
-    def _traced(self, variant: Variant, tensors: dict[str, torch.Tensor], constants: dict[str, Any]) -> Graph:
-        """The pattern's own graph on inputs like these."""
-        like = {
-            name: (tuple(map(expression, (*v.shape, *v.stride()))), v.dtype, v.device) for name, v in tensors.items()
-        }
-        key = variant, tuple(like.items()), tuple(constants.items())
-        if key not in self.fakes.traced:
-            arguments: dict[str, Any] = dict.fromkeys(variant.absent)
-            arguments |= constants
-            # Each input is a tensor object of its own, also where the model passes one node twice.
-            with self.fakes.mode:
-                arguments |= {
-                    name: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-                    for name, v in tensors.items()
-                }
-            pattern = variant.pattern
-            ordered = {name: arguments[name] for name in (*pattern.tensors, *pattern.constants)}
-            try:
-                graph = Tracer(fakes=self.fakes).trace_function(pattern.function, ordered)
-            except (CaptureError, RuntimeError, TypeError, ValueError, IndexError) as error:
-                graph = _Fail(f"the pattern does not run on these inputs: {error}")
-            self.fakes.traced[key] = graph
-        graph = self.fakes.traced[key]
-        if isinstance(graph, _Fail):
-            raise graph
-        return graph
-
-    def _difference(self, root: Node, want: Node, expected: Canonicalizer, found: Canonicalizer, terms: Terms) -> str:
-        a, b = want.meta["val"], root.meta["val"]
-        if a.dtype != b.dtype:
-            return f"expected a result in {a.dtype}, found {b.dtype}"
-        if a.shape != b.shape:
-            return f"expected a result of shape {list(a.shape)}, found {list(b.shape)}"
-        return (
-            "rounds at another place or differs in an attribute: expected "
-            f"{describe(normal(expected.value(want)), terms)}, found {describe(normal(found.value(root)), terms)}"
-        )
+    def _kind(self, node: Node) -> tuple:
+        if node not in self._kinds:
+            self._kinds[node] = _kind(node)
+        return self._kinds[node]
 
     def _cone(self, roots: Iterable[Node], stop: set[Node] = frozenset()) -> set[Node]:
         """All nodes that the roots depend on, down to and without `stop`; parameters of leaf layers included."""
@@ -441,6 +498,46 @@ class Unifier:
     def _expected(self, value: sympy.Expr) -> str:
         return describe(value, self.variant.terms)
 
+    def proposals(self, value: sympy.Expr) -> tuple[list[tuple[dict[int, sympy.Expr], int]], float, Any]:
+        """Bindings under which the first output is `value`, by the numbers of the parameters in `Variant.form` and each
+        with how many comparisons it took; and the failure that came furthest."""
+        first = self.variant.outputs[self.variant.search_order[0]]
+        if not self.may_unify(first, value):
+            return [], 0.0, False
+        number = {symbol: i for i, symbol in enumerate(self.variant.form[1])}
+        found = [
+            ({number[symbol]: v for symbol, v in bound.items()}, self._done) for bound in self.unify(first, value, {})
+        ]
+        return found, self.share, self._reason
+
+    def may_unify(self, p: sympy.Expr, t: sympy.Expr, done: int = 0) -> bool:
+        """False where `unify`, with nothing bound, fails after so few comparisons that it is not even a near miss.
+
+        `done` is how many have succeeded, and goes up as `_done` does. Only what is compared first is looked at.
+        """
+        variant = self.variant
+        if done > NEARLY * self.size or p in variant.kinds:
+            return True
+        if variant.is_constant(p):
+            return t.is_number
+        t = self.view.inner.get(t, t)
+        if p.is_Symbol:
+            want, have = variant.terms.terms[p], self.view.terms.terms.get(t)
+            if have is None or have.op != want.op:
+                return want.op in SIZED and self.may_unify(want.args[0], t, done)
+            return len(have.args) != len(want.args) or self.may_unify(want.args[0], have.args[0], done + 1)
+        if p.is_Add or p.is_Mul:
+            constant, want = variant.operands(p)
+            if t.func != p.func and (len(want) > 1 or not (p.is_Mul or constant in variant.kinds)):
+                return False
+            _, have = self.view.operands(t, p.func)
+            if constant in variant.kinds and len(have) > len(want):
+                return True
+            return any(self.may_unify(want[0], operand, done + 1) for operand in have)
+        return (
+            p.func == t.func and len(p.args) == len(t.args) and self.may_unify(p.args[0], t.args[0], done + weight(p))
+        )
+
     def unify(self, p: sympy.Expr, t: sympy.Expr, bound: Bindings) -> Iterator[Bindings]:
         """All extensions of `bound` under which the pattern value `p` is the graph value `t`."""
         kind = self.variant.kinds.get(p)
@@ -514,7 +611,7 @@ class Unifier:
             return
         free = p.free_symbols
         if free & bound.keys():
-            p = p.subs({s: v for s, v in bound.items() if s in free})
+            p = p.xreplace({s: v for s, v in bound.items() if s in free})
             free = p.free_symbols
         if not free and _close(p, t):
             yield bound
@@ -614,15 +711,22 @@ class Unifier:
         known = [a for a in want if a in bound and self.variant.kinds.get(a) == "tensor"]
         if known:
             # Bound parameters are divided out (or subtracted): they may themselves be sums and products.
-            whole, part = func(*have), func(*(bound[a] for a in known))
-            rest = decimal(whole / part if func is sympy.Mul else whole - part)
-            fewer = len(func.make_args(rest)) < len(func.make_args(whole))
-            if not fewer and rest.count_ops() >= max(whole.count_ops(), 1):
-                names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
+            rest = _without(tuple(have), tuple(bound[a] for a in known), func)
+            if rest is None:
+                whole = func(*have)
                 # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
                 related = any(self.view.terms.are_related(whole, bound[a]) for a in known)
                 told = related or not all(map(self._is_activation, known))
-                self.note(self._progress, told and (lambda: f"expected {names}, found {self._found(whole)}"))
+                self.note(
+                    self._progress,
+                    told
+                    and (
+                        lambda: (
+                            f"expected {', '.join(f'{a} = {self._found(bound[a])}' for a in known)}, "
+                            f"found {self._found(whole)}"
+                        )
+                    ),
+                )
                 return
             want = [a for a in want if a not in known]
             have = [] if rest == func.identity else list(rest.args) if rest.func is func else [rest]
@@ -682,10 +786,20 @@ def _attribute(value: Any) -> str:
     return str(value)
 
 
+@functools.lru_cache(maxsize=4096)
+def _without(operands: tuple[sympy.Expr, ...], taken: tuple[sympy.Expr, ...], func: Any) -> sympy.Expr | None:
+    """A product divided by others (or a sum less others), None where that is no simpler."""
+    whole, part = func(*operands), func(*taken)
+    rest = decimal(whole / part if func is sympy.Mul else whole - part)
+    fewer = len(func.make_args(rest)) < len(func.make_args(whole))
+    return rest if fewer or rest.count_ops() < max(whole.count_ops(), 1) else None
+
+
 def _close(a: sympy.Expr, b: sympy.Expr) -> bool:
-    if not (a.is_number and b.is_number):
+    if a == b or not (a.is_number and b.is_number):
         return a == b
-    return a == b or abs(complex(a) - complex(b)) <= 1e-7 * max(abs(complex(a)), abs(complex(b)))
+    a, b = (float(n) if n.is_Float or n.is_Rational else complex(n) for n in (a, b))
+    return abs(a - b) <= 1e-7 * max(abs(a), abs(b))
 
 
 def _python_constant(value: sympy.Expr, kind: str) -> Any:
@@ -694,9 +808,10 @@ def _python_constant(value: sympy.Expr, kind: str) -> Any:
     return int(value) if kind == "int" else float(value)
 
 
-def _same_type(node: Node, want: Node) -> bool:
-    a, b = node.meta["val"], want.meta["val"]
-    return a.dtype == b.dtype and a.device == b.device and a.shape == b.shape
+def _kind(node: Node) -> tuple:
+    """Dtype, device and sizes at hand: where they differ, so do the results."""
+    val = node.meta["val"]
+    return val.dtype, val.device, tuple(s.node.hint if isinstance(s, torch.SymInt) else s for s in val.shape)
 
 
 def _is_tensor(node: Node) -> bool:
@@ -751,10 +866,10 @@ def _best(misses: dict[Node, Unifier], taken: set[Node], values: dict[Node, symp
         place = neighbourhood(node, miss.size)
         if place & covered:
             continue
-        told = any(k.pattern is pattern and k.reason == miss.reason for k in kept)
         pair = len(pattern.variants[0].outputs) > 1  # its outputs alone look alike
-        if not (pair and told):
-            kept.append(NearMiss(pattern, node, miss.reason, miss.share))
+        reason = miss.reason
+        if not (pair and any(k.pattern is pattern and k.reason == reason for k in kept)):
+            kept.append(NearMiss(pattern, node, reason, miss.share))
             covered |= place
     return kept
 

@@ -135,6 +135,37 @@ class Variant:
         return sorted(range(len(count)), key=lambda i: (-count[i], -i))
 
     @functools.cached_property
+    def operation(self) -> Any:
+        """What computes the output that is searched for first, as `View.operation` tells it; None if it varies."""
+        value = self.outputs[self.search_order[0]]
+        if value in self.terms.terms:
+            operation = self.terms.terms[value].op
+            return None if operation in SIZED else operation
+        if (value.is_Add or value.is_Mul) and len(self.operands(value)[1]) == 1:
+            return None
+        return None if value in self.kinds else value.func
+
+    @functools.cached_property
+    def form(self) -> tuple[str, list[sympy.Symbol]]:
+        """What the output that is searched for first is, with numbers in place of the parameters' names, and the
+        parameters in that order."""
+        numbers: dict[sympy.Symbol, int] = {}
+
+        def numbered(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(numbered, value))
+            value = getattr(value, "symbol", value)
+            if value in self.kinds:
+                dimensions = self.pattern.tensors.get(str(value)) or ""
+                return "parameter", self.kinds[value], "..." in dimensions, numbers.setdefault(value, len(numbers))
+            if value in self.terms.terms:
+                term = self.terms.terms[value]
+                return term.op, numbered(term.attrs), numbered(term.args)
+            return (value.func, numbered(value.args)) if getattr(value, "args", ()) else value
+
+        return repr(numbered(self.outputs[self.search_order[0]])), list(numbers)
+
+    @functools.cached_property
     def size(self) -> int:
         """How many comparisons it takes to recognise the first output."""
         return self._size(self.outputs[self.search_order[0]])

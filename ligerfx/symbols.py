@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,19 @@ import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import Source
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from .errors import CaptureError
 from .sharded import Whole
+
+Layout = tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...] | None, torch.dtype]
+"""Sizes, strides (None: contiguous) and dtype of a tensor."""
+
+_LARGE = 2**50
+"""Bytes of memory that a fake is said to have: as much as any view of it needs."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,10 @@ class FakeInputs:
         self.shape_env = _Sizes(specialize_zero_one=False, duck_shape=True)
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
-        self.traced: dict[Any, Any] = {}  # graphs of patterns on inputs like these, which many places share
+        self.proofs: Any = None  # what patterns compute on inputs like these, which many places share
+        self.results: dict[Any, Any] = {}  # of operations on fakes like these; see `shapes`
         self._sizes: dict[int, torch.SymInt] = {}
+        self._layouts: dict[Layout, torch.Tensor] = {}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -105,6 +114,32 @@ class FakeInputs:
         ]
         with self.mode:
             return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+    def of_layout(
+        self, sizes: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt] | None, dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:  # fmt: skip
+        """A new fake; without strides a contiguous one.
+
+        torch takes 0.4 ms to make a tensor with symbolic sizes: that is done once for each layout, of which the fakes
+        are copies with a memory of their own.
+        """
+        layout = tuple(map(expression, sizes)), strides and tuple(map(expression, strides)), dtype
+        with no_dispatch():
+            if layout not in self._layouts:
+                with self.shape_env.suppress_guards():
+                    self._layouts[layout] = (
+                        torch.empty(sizes, dtype=dtype, device="meta")
+                        if strides is None
+                        else torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+                    )
+            fake = FakeTensor(self.mode, self._layouts[layout], device)
+            torch._functionalize_unsafe_set(fake, torch.empty(_LARGE, dtype=torch.uint8, device="meta"))
+        return fake
+
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """A new fake with the sizes, strides, dtype and device of another."""
+        return self.of_layout(value.shape, value.stride(), value.dtype, value.device)
 
     def parameter(self, value: torch.Tensor | Whole, device: torch.device | None = None) -> torch.Tensor:
         """A fake of a parameter or buffer, with its own static sizes. One on the meta device, in a call on another

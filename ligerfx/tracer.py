@@ -233,12 +233,12 @@ class Tracer(TorchFunctionMode):
         if self.paused or not self.frames:
             if self.guessing and (guess := _guessed(name, args, kwargs)) is not None:
                 return guess
-            return self._run(func, name, args, kwargs)
+            return self._shapes.run(func, name, args, kwargs)
         if self.frames[-1].guessing:
             if (guess := _guessed(name, args, kwargs)) is not None:
                 return guess
             with self.fakes.shape_env.suppress_guards():
-                return self._run(func, name, args, kwargs)
+                return self._shapes.run(func, name, args, kwargs)
         if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
@@ -251,17 +251,13 @@ class Tracer(TorchFunctionMode):
                 self.fakes.shape_env.counting = False
         else:
             with self.fakes.shape_env.suppress_guards():
-                out = self._run(func, name, args, kwargs)
+                out = self._shapes.run(func, name, args, kwargs)
         if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
             return out
         frame = self.frames[-1]
         frame.recorded_modes.add(_mode())
         self._record(frame, *_target(func, name, args, kwargs), out)
         return out
-
-    def _run(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
-        out = self._shapes.result(name, args, kwargs)
-        return func(*args, **kwargs) if out is None else out
 
     def _record(
         self, frame: _Frame, op: str, target: Any, args: Sequence, kwargs: dict, out: Any
@@ -664,8 +660,8 @@ class Tracer(TorchFunctionMode):
                 )
             if same:
                 inputs = {id(old): new for old, new in zip(capture.leaf_values, leaves, strict=True)}
-                with self._pause(), self.fakes.active():
-                    return capture, _fresh(capture.output, inputs)
+                with self._pause():
+                    return capture, _fresh(capture.output, inputs, self.fakes)
         return None, None
 
 
@@ -792,15 +788,15 @@ def _same_aliasing(a: Sequence, b: Sequence) -> bool:
     return first_a == [[id(x) for x in b].index(id(x)) for x in b]
 
 
-def _fresh(out: Any, inputs: dict[int, Any]) -> Any:
+def _fresh(out: Any, inputs: dict[int, Any], fakes: FakeInputs) -> Any:
     if id(out) in inputs:
         return inputs[id(out)]
     if isinstance(out, torch.Tensor):
-        return torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
+        return fakes.like(out)
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
-        return type(out)(**{f.name: _fresh(getattr(out, f.name), inputs) for f in dataclasses.fields(out)})
+        return type(out)(**{f.name: _fresh(getattr(out, f.name), inputs, fakes) for f in dataclasses.fields(out)})
     if type(out) in (tuple, list):
-        return type(out)(_fresh(v, inputs) for v in out)
+        return type(out)(_fresh(v, inputs, fakes) for v in out)
     if isinstance(out, dict):
-        return {k: _fresh(v, inputs) for k, v in out.items()}
+        return {k: _fresh(v, inputs, fakes) for k, v in out.items()}
     return out

@@ -105,3 +105,75 @@ def test_results_share_no_memory():
     shapes = Shapes(FAKES)
     first, second = (shapes.result("neg", (X,), {}) for _ in range(2))
     assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+
+
+REMEMBERED = {
+    "another layout": (torch.mul, (transposed(), 2.0), {}),
+    "a slice": (torch.Tensor.__getitem__, (X, (..., slice(None, 4))), {}),
+    "several tensors": (torch.unbind, (parameter(3, 8),), {}),
+    "a list of tensors": (torch.cat, ([X, X],), {"dim": -1}),
+    "the argument itself": (torch.Tensor.to, (X, torch.float32), {}),
+    "a size among the arguments": (torch.Tensor.expand, (fake(1, 5, 8), (X.shape[0], -1, -1)), {}),
+}
+
+
+def run(shapes, function, args, kwargs):
+    with FAKES.active(), FAKES.shape_env.suppress_guards():
+        return shapes.run(function, function.__name__, args, kwargs)
+
+
+def asked(call):
+    """The result of a call, and how often torch was asked for it."""
+    function, args, kwargs = call
+    count = []
+
+    def counting(*args, **kwargs):
+        count.append(None)
+        return function(*args, **kwargs)
+
+    counting.__name__ = function.__name__
+    FAKES.results.clear()
+    results = [run(Shapes(FAKES), counting, args, kwargs) for _ in range(2)]
+    return results, len(count)
+
+
+@pytest.mark.parametrize("case", REMEMBERED)
+def test_torch_is_asked_once(case):
+    (first, second), count = asked(REMEMBERED[case])
+    assert count == 1
+    for a, b in zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]:
+        assert facts(a) == facts(b)
+    assert (first is second) == (case == "the argument itself")
+    assert type(first) is type(second)
+
+
+ASKED_AGAIN = {
+    "in place": (torch.Tensor.add_, (fake(3, 5, 8), 1), {}),
+    "a size that the data tells": (torch.nonzero, (LABELS,), {}),
+    "no tensor": (torch.Tensor.size, (X,), {}),
+    "a named tuple": (torch.topk, (X, 2), {}),
+    "an argument that requires grad": (torch.exp, (fake(3, 5, 8).requires_grad_(),), {}),
+}
+
+
+@pytest.mark.parametrize("case", ASKED_AGAIN)
+def test_torch_is_asked_again(case):
+    assert asked(ASKED_AGAIN[case])[1] == 2
+
+
+def test_calls_are_told_apart():
+    shapes = Shapes(FAKES)
+    widths = [run(shapes, torch.Tensor.__getitem__, (X, (..., slice(0, n))), {}).shape[-1] for n in (2, 4)]
+    assert widths == [2, 4]
+    assert run(shapes, torch.mul, (LABELS, 2), {}).dtype == torch.int64
+    assert run(shapes, torch.mul, (LABELS, 2.0), {}).dtype == torch.float32
+    assert run(shapes, torch.exp, (transposed(),), {}).stride()[-2:] != run(shapes, torch.exp, (X,), {}).stride()[-2:]
+
+
+def test_a_remembered_result_has_memory_of_its_own():
+    shapes = Shapes(FAKES)
+    results = [run(shapes, torch.exp, (transposed(),), {}) for _ in range(3)]
+    assert len({t.untyped_storage()._cdata for t in (X, *results)}) == 4
+    with FAKES.active(), FAKES.shape_env.suppress_guards():
+        results[1][:, 1:] = results[2][:, :-1]
+        assert facts(results[1].as_strided((4,), (1,), 64))[0][:1] == [4]

@@ -5,6 +5,7 @@ Nothing is measured here. Figures are bytes for one token: sizes that come from 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
@@ -111,5 +112,6 @@ def size(nodes: Iterable[Node]) -> int:
         val = node.meta.get("val")
         if node.op != "get_attr" and isinstance(val, torch.Tensor) and val.is_floating_point():
             elements = sympy.Mul(*(expression(s) for s in val.shape))
-            total += int(elements.subs(dict.fromkeys(elements.free_symbols, 1))) * val.element_size()
+            with contextlib.suppress(ZeroDivisionError):  # a division of sizes, of which one token has none
+                total += int(elements.subs(dict.fromkeys(elements.free_symbols, 1))) * val.element_size()
     return total

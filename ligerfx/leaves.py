@@ -24,6 +24,9 @@ EAGER_ATTENTION = "eager_attention_forward"
 CACHE_INDEX = "layer_idx"
 """The attribute by which a layer of transformers knows its own entries in a cache."""
 
+HOOKS_MARK = "_output_capturing_hooks_installed"
+"""The attribute by which a model of transformers knows that hooks collect its hidden states and attentions."""
+
 EXPERTS = "transformers.integrations.moe"
 GROUPED_EXPERTS = ("grouped_mm_experts_forward", "batched_mm_experts_forward")
 """Experts functions that are ordinary tensor operations from beginning to end: recorded as such, so that the gated unit

@@ -36,7 +36,7 @@ from .shadow import exposes_parameters
 from .sharded import is_fully_sharded
 from .signature import call_key
 from .source import describe_error
-from .symbols import FakeInputs, expression
+from .symbols import FakeInputs, expression, first_expression
 from .traced_numbers import TracedFloat, TracedInt, plain
 from .tracer import Tracer
 
@@ -371,9 +371,11 @@ def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list]
                     sizes[expr] = here
                     if dissolved_some and size.node.hint == 1:
                         conditions.append(f"{here} == 1")
+                sizes.setdefault(first_expression(size), here)
     for index in capture.passed_on:
         for dim, size in enumerate(getattr(capture.leaf_values[index], "shape", ())):
-            sizes.setdefault(expression(size), f"x[{index}].shape[{dim}]")
+            for expr in (expression(size), first_expression(size)):
+                sizes.setdefault(expr, f"x[{index}].shape[{dim}]")
     for expr in dict.fromkeys(capture.guards):
         if not expr.free_symbols <= sizes.keys():
             raise CaptureError(f"depends on {expr}, which does not follow from the sizes of its inputs")

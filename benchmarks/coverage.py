@@ -94,8 +94,12 @@ TITLES = {
     "image-text-to-text": (
         "Vision-language models",
         "Each row of a batch has an image and text; then the same optimised model is called with text alone, which "
-        "*fp32* takes in. What looks at the data (where the features of an image go, a loop over its grid) stays as it is; "
-        "*captured* says whether the model's own forward was, and the loss with it. ",
+        "*fp32* takes in. What looks at the data (where the features of an image go, a loop over its grid) stays as it "
+        "is; *captured* says whether the model's own forward was, and the loss with it. ",
+    ),
+    "text-encoders": (
+        "Encoders and encoder-decoders",
+        "The mappings of masked language models and of sequence-to-sequence models, called with text. ",
     ),
 }
 

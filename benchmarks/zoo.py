@@ -27,7 +27,7 @@ from . import coverage
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "coverage.md"
-ZOOS = {"causal-lm": "zoo", "image-text-to-text": "zoo_vision"}
+ZOOS = {"causal-lm": "zoo", "image-text-to-text": "zoo_vision", "text-encoders": "zoo_encoders"}
 """The modules in tests/ that build the models of each mapping."""
 
 
@@ -72,7 +72,14 @@ def work(name: str, mapping: str, results: Connection) -> None:
         results.send({"crashed": f"{type(error).__name__}: {str(error).strip()[:500]}"})
 
 
-def sweep(names: list[str], mapping: str, jobs: int, limit: float, console: Console) -> dict[str, dict[str, Any]]:
+def sweep(
+    names: list[str],
+    mapping: str,
+    jobs: int,
+    limit: float,
+    console: Console,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, dict[str, Any]]:
     fork = multiprocessing.get_context("fork")
     waiting, running, found = list(names), {}, {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -103,6 +110,7 @@ def sweep(names: list[str], mapping: str, jobs: int, limit: float, console: Cons
                 process.join()
                 del running[connection]
                 progress.advance(task)
+                keep(found)
                 progress.console.print(coverage.line(name, found[name]), highlight=False, soft_wrap=True)
     return {name: found[name] for name in names}
 
@@ -127,16 +135,24 @@ def main() -> None:
     else:
         names = options.names or list(zoo.NAMES)
     unbuildable = {name: {"not built": zoo.UNBUILDABLE[name]} for name in names if name in zoo.UNBUILDABLE}
+    kept = not options.names or options.write
+
+    def merged(found: dict[str, Any]) -> dict[str, Any]:
+        """The results in the order of the names, those of other models as they were."""
+        found = known | unbuildable | found
+        return {name: found[name] for name in zoo.NAMES if name in found}
+
+    def keep(found: dict[str, Any]) -> None:  # of a run that ends early, too
+        if kept:
+            coverage.write_data(data, merged(found))
+
     start = time.monotonic()
     buildable = [name for name in names if name not in unbuildable]
-    found = sweep(buildable, options.mapping, options.jobs, options.limit, console)
-    results = {name: unbuildable.get(name) or found[name] for name in names}
-    console.print(coverage.summary(results))
+    found = sweep(buildable, options.mapping, options.jobs, options.limit, console, keep)
+    console.print(coverage.summary({name: unbuildable.get(name) or found[name] for name in names}))
     console.print(f"{time.monotonic() - start:.0f} s")
-    if not options.names or options.write:
-        merged = {name: results.get(name, known.get(name)) for name in zoo.NAMES}
-        merged = {name: result for name, result in merged.items() if result}
-        coverage.write_data(data, merged)
+    if kept:
+        coverage.write_data(data, merged(found))
         coverage.write_page(TABLE, {mapping: data_file(mapping) for mapping in ZOOS})
 
 

@@ -349,6 +349,7 @@ def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list]
     conditions: list[str] = []
     names: dict[str, Any] = {"stands_for": stands_for}
     sizes: dict[sympy.Expr, str] = {}
+    before: dict[sympy.Expr, str] = {}  # the same, by what sizes were called until a guard named their value
     first: dict[int, int] = {}
     for index, value in enumerate(capture.leaf_values):
         if isinstance(value, (TracedInt, TracedFloat)):
@@ -363,6 +364,7 @@ def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list]
                 continue  # whoever gets it looks at its sizes; a guard may still refer to them
             for dim, size in enumerate(value.shape):
                 expr, here = expression(size), f"x[{index}].shape[{dim}]"
+                before.setdefault(first_expression(size), here)
                 if expr.is_Integer:
                     conditions.append(f"{here} == {int(expr)}")
                 elif expr in sizes:
@@ -371,11 +373,11 @@ def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list]
                     sizes[expr] = here
                     if dissolved_some and size.node.hint == 1:
                         conditions.append(f"{here} == 1")
-                sizes.setdefault(first_expression(size), here)
     for index in capture.passed_on:
         for dim, size in enumerate(getattr(capture.leaf_values[index], "shape", ())):
-            for expr in (expression(size), first_expression(size)):
-                sizes.setdefault(expr, f"x[{index}].shape[{dim}]")
+            sizes.setdefault(expression(size), f"x[{index}].shape[{dim}]")
+            before.setdefault(first_expression(size), f"x[{index}].shape[{dim}]")
+    sizes = before | sizes
     for expr in dict.fromkeys(capture.guards):
         if not expr.free_symbols <= sizes.keys():
             raise CaptureError(f"depends on {expr}, which does not follow from the sizes of its inputs")

@@ -143,7 +143,7 @@ def expression(size: int | torch.SymInt) -> sympy.Expr:
 
 
 def first_expression(size: int | torch.SymInt) -> sympy.Expr:
-    """The expression that a size had before a guard made numbers of its symbols."""
+    """The expression of a size as it was at first: a guard may have made a number of it, or another size."""
     return size.node._expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 

@@ -124,6 +124,8 @@ class Guesses:
         """The fake result, with the values of its tensors remembered; made from these where fakes alone do not tell
         its sizes."""
         leaves, spec = tree_flatten(real)
+        if out is not None and not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            return out
         fakes = tree_flatten(out)[0] if out is not None else [None] * len(leaves)
         made = [self._pair(fake, value) for fake, value in zip(fakes, leaves, strict=True)]
         return tree_unflatten(made, spec)

@@ -35,11 +35,18 @@ def own_results(out: Any, fakes: FakeInputs) -> Any:
             return TracedInt(leaf) if type(leaf) is int else TracedFloat(leaf)
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        numbers = [d for d, size in enumerate(leaf.shape) if type(size) is int and (d < leaf.ndim - 1 or d == 0)]
-        if not numbers:
+        sizes = [
+            fakes.own_size(size) if _is_own(size, d, leaf.ndim, fakes) else size for d, size in enumerate(leaf.shape)
+        ]
+        if all(a is b for a, b in zip(sizes, leaf.shape, strict=True)):
             return leaf
-        sizes = [fakes.own_size(size) if d in numbers else size for d, size in enumerate(leaf.shape)]
         with fakes.mode:
             return torch.empty(sizes, dtype=leaf.dtype, device=leaf.device)
 
     return tree_map(own, out)
+
+
+def _is_own(size: Any, dim: int, rank: int, fakes: FakeInputs) -> bool:
+    if type(size) is int:
+        return dim == 0 or dim < rank - 1
+    return not fakes.knows_size(size)

@@ -58,6 +58,10 @@ class _Sizes(ShapeEnv):
         return super().evaluate_sym_node(sym_node, *args, **kwargs)
 
 
+UNKNOWN = 11
+"""Stands for a size that depends on the data, where somebody asks: the answer is a guard that no call can meet."""
+
+
 class FakeInputs:
     """Makes fake tensors whose sizes are symbols. Equal sizes get the same symbol, as torch.compile does.
 
@@ -90,8 +94,10 @@ class FakeInputs:
 
     def knows_sizes(self, fake: torch.Tensor) -> bool:
         """Whether no size depends on the data (as the number of elements that are not zero does)."""
-        hints = self.shape_env.backed_var_to_val
-        return all(symbol in hints for size in fake.shape for symbol in expression(size).free_symbols)
+        return all(map(self.knows_size, fake.shape))
+
+    def knows_size(self, size: int | torch.SymInt) -> bool:
+        return all(symbol in self.shape_env.backed_var_to_val for symbol in expression(size).free_symbols)
 
     def of_expression(self, size: sympy.Expr | int) -> torch.SymInt | int:
         """The size that an expression over the symbols stands for."""
@@ -100,8 +106,9 @@ class FakeInputs:
         hint = int(size.subs(self.shape_env.backed_var_to_val))
         return self.shape_env.create_symintnode(size, hint=hint)
 
-    def own_size(self, hint: int) -> torch.SymInt:
-        """A symbol that no other size is equal to."""
+    def own_size(self, size: int | torch.SymInt) -> torch.SymInt:
+        """A symbol that no other size is equal to, for a number, or for a size that depends on the data."""
+        hint = size if type(size) is int else UNKNOWN
         source = SizeSource(f"own_size_{len(self.shape_env.backed_var_to_val)}")
         symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
         return self.shape_env.create_symintnode(symbol, hint=hint, source=source)

@@ -43,7 +43,7 @@ from .clone import clone_tree
 from .dissolve import may_dissolve
 from .errors import CaptureError
 from .guesses import Guesses
-from .leaves import CACHE_INDEX, HOOKS_MARK, is_kernel, leaf_functions
+from .leaves import CACHE_INDEX, HOOKS_MARK, is_check, is_kernel, leaf_functions
 from .opaque import own_results, symbolic_inputs
 from .probes import probed
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
@@ -338,6 +338,8 @@ class Tracer(TorchFunctionMode):
         for (path, name), read in frame.reads.items():
             if read.value is value:
                 yield path, name
+            elif not isinstance(read.value, (*PLAIN, nn.Module)):  # one configuration inside another
+                yield from ((join(path, name), n) for n, v in getattr(read.value, "__dict__", {}).items() if v is value)
 
     def _attribute(self, frame: _Frame, target: str, value: Any) -> torch.fx.Node:
         node = frame.graph.create_node("get_attr", target)
@@ -376,6 +378,10 @@ class Tracer(TorchFunctionMode):
             with self._pause(guess=True):
                 out = function(*args, **kwargs)
         frame.recorded_modes.add(_mode())
+        if is_check(function):
+            if isinstance(args[0], torch.Tensor):  # others the model's Python code has answered
+                self._record(frame, "call_function", function, args[:2], {}, None)
+            return None
         if out is None:
             if any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in (*args, *kwargs.values())):
                 frame.fail(f"{function.__name__} returned None, which may depend on the data")

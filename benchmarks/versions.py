@@ -4,7 +4,8 @@ rewritten there, and whether loss, logits and gradients are the same.
     python -m benchmarks.versions 5.0.0 5.23.0
     python -m benchmarks.versions latest --keep /tmp/environments
 
-torch, triton and all else are those of this interpreter; run it with another one for another torch. Needs a package index.
+torch, triton and all else are those of this interpreter; run it with another one for another torch. Needs a package
+index.
 """
 
 import argparse

@@ -490,7 +490,7 @@ class Tracer(TorchFunctionMode):
                 with self._pause():
                     out = own_results(out, self.fakes)
             node = self._record_call(parent, path, args, kwargs, out, real)
-            if node is not None and capture.error:
+            if node is not None:
                 self._bind_results(parent, out)
             if node is not None and may_dissolve(node.target, real):
                 known = cls, present_parameters(real), own_methods(real, cls)
@@ -498,9 +498,9 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _bind_results(self, frame: _Frame, out: Any) -> None:
-        """Lets the sizes of what a module returns that stays as it is be measured when it has run."""
+        """Lets sizes that come from a module that stays as it is be measured when it, or its caller, has run."""
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not symbols_of(value) <= frame.symbols:
                 bind_sizes(value, functools.partial(frame.node_of, value), frame.sizes)
                 frame.symbols |= symbols_of(value)
             elif isinstance(value, (TracedInt, TracedFloat)):

@@ -129,7 +129,7 @@ def litgpt_model() -> nn.Module:
 
 
 def torchtune_model() -> nn.Module:
-    pytest.importorskip("torchtune")
+    pytest.importorskip("torchtune", exc_type=ImportError)  # it is bound to versions of torchao
     from torchtune.models.llama3_2 import llama3_2
 
     return llama3_2(

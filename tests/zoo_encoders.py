@@ -24,7 +24,16 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_dim", "feed_forward_size"), 128),
 }
 
-VALUES: dict[str, dict[str, Any]] = {}
+_START = {"decoder_start_token_id": 0}
+
+VALUES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("t5", "longt5", "switch_transformers"), _START),
+    "esm": {"vocab_size": zoo.VOCABULARY, "mask_token_id": 3},
+    "esmc": {"num_key_value_heads": zoo.HEADS},
+    "marian": {"decoder_start_token_id": 0},
+    "reformer": {"is_decoder": False, "axial_pos_embds": False},
+    "xmod": zoo.VALUES["xmod"],
+}
 
 UNBUILDABLE: dict[str, str] = {}
 

@@ -1,5 +1,5 @@
-"""A sample of the zoo: one model for each kind of norm, rotation, gated unit, expert layer and recurrent layer, and some
-that take images or encode text.
+"""A sample of the zoo: one model for each kind of norm, rotation, gated unit, expert layer and recurrent layer, and
+some that take images or encode text.
 
 The whole zoo is `python -m benchmarks.zoo`.
 """

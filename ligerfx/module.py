@@ -210,6 +210,19 @@ class OptimizedModule(GraphModule):
         new.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_graph"})
         return new
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """What DataParallel asks of each module in each step: here one of the original class, with its forward."""
+        if "report" in self.__dict__:
+            _warn_once(
+                self,
+                f"nn.DataParallel runs the original forward of {type(self).__name__} on each GPU, without what ligerfx "
+                "rewrote. DistributedDataParallel (torchrun, accelerate launch) keeps it, or one GPU does "
+                "(CUDA_VISIBLE_DEVICES=0).",
+            )
+        replica = nn.Module._replicate_for_data_parallel(self)
+        replica.__class__ = self._original_class
+        return replica
+
     def __reduce__(self) -> tuple:
         state = {
             k: v for k, v in self.__dict__.items() if not k.startswith("_ligerfx") and k not in ("_graph", "report")

@@ -145,4 +145,6 @@ def test_builders(make, references):
     optimised = ligerfx.optimize(model, tokens(2, 9))
     for batch, seq in ((2, 9), (3, 14)):
         assert_same(model, optimised, *tokens(batch, seq))
-    assert optimised.report.idioms["rms_norm"] == 2 * LAYERS + 1 and optimised.report.idioms["glu"] == LAYERS
+    found = optimised.report.idioms
+    assert not optimised.report.opaque and found["rms_norm"] == 2 * LAYERS + 1 and found["glu"] == LAYERS
+    assert found["rope"] and found["cross_entropy"] == 1  # q and k may be rotated together or one after the other

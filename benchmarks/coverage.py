@@ -59,8 +59,10 @@ def summary(results: dict[str, Result]) -> str:
     return " ".join(parts)
 
 
-def write_data(data: Path, results: dict[str, Result]) -> None:
-    data.write_text(json.dumps({"environment": environment(), "models": results}, indent=1, sort_keys=False) + "\n")
+def write_data(data: Path, results: dict[str, Result], entries: int) -> None:
+    """`entries` is how many the mapping has: a run that ended early has results of fewer."""
+    found = {"environment": environment(), "entries": entries, "models": results}
+    data.write_text(json.dumps(found, indent=1, sort_keys=False) + "\n")
 
 
 def write_page(table: Path, files: dict[str, Path]) -> None:
@@ -69,7 +71,8 @@ def write_page(table: Path, files: dict[str, Path]) -> None:
     for mapping, file in files.items():
         if file.exists():
             found = json.loads(file.read_text())
-            page = page + _section(mapping, found["models"], found["environment"])
+            left = found.get("entries", len(found["models"])) - len(found["models"])
+            page = page + _section(mapping, found["models"], found["environment"], left)
     table.write_text("\n".join(page) + "\n")
 
 
@@ -104,8 +107,10 @@ TITLES = {
 }
 
 
-def _section(mapping: str, results: dict[str, Result], versions: dict[str, str]) -> list[str]:
+def _section(mapping: str, results: dict[str, Result], versions: dict[str, str], left: int) -> list[str]:
     title, note = TITLES[mapping]
+    if left:
+        note += f"{left} further entries of the mapping were not run. "
     page = [
         "",
         f"## {title}",

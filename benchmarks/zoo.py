@@ -145,7 +145,7 @@ def main() -> None:
 
     def keep(found: dict[str, Any]) -> None:  # of a run that ends early, too
         if kept:
-            coverage.write_data(data, merged(found))
+            coverage.write_data(data, merged(found), len(zoo.NAMES))
 
     start = time.monotonic()
     buildable = [name for name in names if name not in unbuildable]
@@ -153,7 +153,7 @@ def main() -> None:
     console.print(coverage.summary({name: unbuildable.get(name) or found[name] for name in names}))
     console.print(f"{time.monotonic() - start:.0f} s")
     if kept:
-        coverage.write_data(data, merged(found))
+        coverage.write_data(data, merged(found), len(zoo.NAMES))
         coverage.write_page(TABLE, {mapping: data_file(mapping) for mapping in ZOOS})
 
 

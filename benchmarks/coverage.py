@@ -1,4 +1,4 @@
-"""What `benchmarks.zoo` found, as a line, a summary and the pages docs/coverage.md and docs/coverage.json."""
+"""What `benchmarks.zoo` found, as a line, a summary, and the page docs/coverage.md beside the data."""
 
 import json
 from collections import Counter
@@ -12,8 +12,12 @@ Result = dict[str, Any]
 
 
 def is_right(result: Result) -> bool:
-    other, ratio = result["other_shape"], result["bf16"].get("ratio", {})
-    return not result["fp32"] and (isinstance(other, str) or not other) and all(r <= 1.1 for r in ratio.values())
+    return _is_right_in_fp32(result) and all(r <= 1.1 for r in result["bf16"].get("ratio", {}).values())
+
+
+def _is_right_in_fp32(result: Result) -> bool:
+    others = result["other_shape"], result.get("text_alone", {})
+    return not result["fp32"] and all(isinstance(other, str) or not other for other in others)
 
 
 def is_complete(result: Result) -> bool:
@@ -58,29 +62,64 @@ def summary(results: dict[str, Result]) -> str:
     return " ".join(parts)
 
 
-def write(table: Path, data: Path, results: dict[str, Result]) -> None:
-    data.write_text(json.dumps({"environment": environment(), "models": results}, indent=1, sort_keys=False) + "\n")
-    table.write_text("\n".join(_page(results)) + "\n")
+def write_data(data: Path, results: dict[str, Result], entries: int) -> None:
+    """`entries` is how many the mapping has: a run that ended early has results of fewer."""
+    found = {"environment": environment(), "entries": entries, "models": results}
+    data.write_text(json.dumps(found, indent=1, sort_keys=False) + "\n")
 
 
-def _page(results: dict[str, Result]) -> list[str]:
-    versions = environment()
+def write_page(table: Path, files: dict[str, Path]) -> None:
+    """The page, from the results of all mappings that there are."""
+    page = HEAD
+    for mapping, file in files.items():
+        if file.exists():
+            found = json.loads(file.read_text())
+            left = found.get("entries", len(found["models"])) - len(found["models"])
+            page = page + _section(mapping, found["models"], found["environment"], left)
+    table.write_text("\n".join(page) + "\n")
+
+
+HEAD = [
+    "# Coverage",
+    "",
+    "<!-- Written by `python -m benchmarks.zoo`. -->",
+    "",
+    "Every entry of mappings of transformers, as a tiny random model on the CPU, where the plain PyTorch references of "
+    "the kernels run.",
+    "",
+    "Sites are counted without ligerfx, by the classes of the modules that run and by the functions that the "
+    "model's own code calls: a module that is an RMSNorm, one that multiplies an activation with something, one "
+    "that rotates q and k, a call of cross entropy. A column shows how many of them were rewritten; of each of the "
+    "others a near miss, or a module that stays as it is, gives the reason. *fp32* says whether loss, logits and "
+    "every gradient are within 1e-5 of the original's, at the shape of the capture and at another one; *bf16* whether "
+    "they are no further than 1.1 times the original's own error from fp32. "
+    "*s* is the time of `optimize`.",
+]
+
+TITLES = {
+    "causal-lm": ("Causal language models", ""),
+    "image-text-to-text": (
+        "Vision-language models",
+        "Each row of a batch has an image and text; then the same optimised model is called with text alone, which "
+        "*fp32* takes in. What looks at the data (where the features of an image go, a loop over its grid) stays as it "
+        "is; *captured* says whether the model's own forward was, and the loss with it. ",
+    ),
+    "text-encoders": (
+        "Encoders and encoder-decoders",
+        "The mappings of masked language models and of sequence-to-sequence models, called with text. ",
+    ),
+}
+
+
+def _section(mapping: str, results: dict[str, Result], versions: dict[str, str], left: int) -> list[str]:
+    title, note = TITLES[mapping]
+    if left:
+        note += f"{left} further entries of the mapping were not run. "
     page = [
-        "# Coverage",
         "",
-        "<!-- Written by `python -m benchmarks.zoo`. -->",
+        f"## {title}",
         "",
-        f"Every entry of the causal-LM mapping of transformers {versions['transformers']} (torch {versions['torch']}), "
-        "as a tiny random model on the CPU, where the plain PyTorch references of the kernels run. "
-        f"{summary(results)}.",
-        "",
-        "Sites are counted without ligerfx, by the classes of the modules that run and by the functions that the "
-        "model's own code calls: a module that is an RMSNorm, one that multiplies an activation with something, one "
-        "that rotates q and k, a call of cross entropy. A column shows how many of them were rewritten; of each of the "
-        "others a near miss, or a module that stays as it is, gives the reason. *fp32* says "
-        "whether loss, logits and every gradient are within 1e-5 of the original's, at the shape of the capture and at "
-        "another one; *bf16* whether they are no further than 1.1 times the original's own error from fp32. "
-        "*s* is the time of `optimize`.",
+        f"{note}transformers {versions['transformers']}, torch {versions['torch']}: {summary(results)}.",
         "",
         "| model | captured | RMSNorm | GLU | RoPE | loss | fp32 | bf16 | s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -90,8 +129,7 @@ def _page(results: dict[str, Result]) -> list[str]:
             continue
         captured = "no" if not result["captured"] else "in part" if result["opaque"] else "yes"
         shares = [_share(result, site) for site in SITES]
-        other = result["other_shape"]
-        fp32 = "equal" if not result["fp32"] and (isinstance(other, str) or not other) else "WRONG"
+        fp32 = "equal" if _is_right_in_fp32(result) else "WRONG"
         bf16 = "equal" if all(r <= 1.1 for r in result["bf16"].get("ratio", {}).values()) else "WRONG"
         page.append(f"| {name} | {captured} | {' | '.join(shares)} | {fp32} | {bf16} | {result['seconds']:.1f} |")
     page += _list("Not built", {n: r["not built"] for n, r in results.items() if "not built" in r})
@@ -103,14 +141,14 @@ def _page(results: dict[str, Result]) -> list[str]:
     page += _list("Modules that stay as they are", {n: _opaque(r) for n, r in results.items() if r.get("opaque")})
     misses = Counter((pattern, reason) for r in results.values() for pattern, _, _, reason in r.get("near_misses", ()))
     if misses:
-        page += ["", "## Near misses", "", "| models | pattern | why not |", "|---|---|---|"]
+        page += ["", "### Near misses", "", "| models | pattern | why not |", "|---|---|---|"]
         page += [f"| {n} | {pattern} | {_cell(reason)} |" for (pattern, reason), n in misses.most_common()]
     return page
 
 
 def _list(title: str, items: dict[str, str]) -> list[str]:
     rows = [f"- {name}: {_cell(text)}" for name, text in items.items()]
-    return ["", f"## {title}", "", *rows] if rows else []
+    return ["", f"### {title}", "", *rows] if rows else []
 
 
 def _cell(text: str) -> str:
@@ -132,8 +170,10 @@ def _opaque(result: Result) -> str:
 
 
 def _unexplained(result: Result) -> str:
-    return "; ".join(f"{SITES[site]} in {', '.join(places)}" for site, places in result["unexplained"].items())
+    return "; ".join(f"{SITES[site]} in {', '.join(places)}" for site, places in result.get("unexplained", {}).items())
 
 
 def _wrong(result: Result) -> str:
-    return json.dumps({key: result[key] for key in ("fp32", "other_shape", "bf16")})[:300]
+    return json.dumps({key: result[key] for key in ("fp32", "other_shape", "text_alone", "bf16") if key in result})[
+        :300
+    ]

@@ -115,12 +115,13 @@ class _Copier:
                 values[node] = self._size(node) or self._copy_node(node, scope, path, values)
         raise AssertionError("a graph without an output")
 
-    def _size(self, node: Node) -> Node | None:
+    def _size(self, node: Node) -> Node | int | None:
         """A size comes from the inputs, not from an intermediate result, which could then not be rewritten."""
         if node.target == "size" and isinstance(node.meta.get("val"), torch.SymInt):
             with contextlib.suppress(CaptureError):
                 size = size_node(expression(node.meta["val"]), self.new.graph, self.sizes)
-                size.meta.setdefault("val", node.meta["val"])
+                if isinstance(size, Node):  # and no number, which a guard has made of it
+                    size.meta.setdefault("val", node.meta["val"])
                 return size
         return None
 

@@ -1,4 +1,4 @@
-"""Functions that stay one node in a graph: mask creation, attention, experts.
+"""Functions that stay one node in a graph: mask creation, attention, experts, checks.
 
 They run as they are at run time, so flash-attention, flex and user-registered attention keep their own fast
 paths. During capture, and for the capturing thread only, the names by which the model's own source files know
@@ -24,6 +24,9 @@ EAGER_ATTENTION = "eager_attention_forward"
 CACHE_INDEX = "layer_idx"
 """The attribute by which a layer of transformers knows its own entries in a cache."""
 
+HOOKS_MARK = "_output_capturing_hooks_installed"
+"""The attribute by which a model of transformers knows that hooks collect its hidden states and attentions."""
+
 EXPERTS = "transformers.integrations.moe"
 GROUPED_EXPERTS = ("grouped_mm_experts_forward", "batched_mm_experts_forward")
 """Experts functions that are ordinary tensor operations from beginning to end: recorded as such, so that the gated unit
@@ -32,6 +35,12 @@ between their matrix products is seen."""
 
 def is_mask_function(value: Any) -> bool:
     return isinstance(value, FunctionType) and value.__module__ == MASKS and value.__name__.startswith("create_")
+
+
+def is_check(value: Any) -> bool:
+    """Whether a function raises unless what it is given is true: the one by which models of transformers look whether
+    there are as many places for features in the text as features."""
+    return isinstance(value, FunctionType) and value.__name__ == "torch_compilable_check"
 
 
 def is_kernel(value: Any) -> bool:

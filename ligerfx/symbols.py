@@ -65,6 +65,10 @@ class _Sizes(ShapeEnv):
         return super().evaluate_sym_node(sym_node, *args, **kwargs)
 
 
+UNKNOWN = 11
+"""Stands for a size that depends on the data, where somebody asks: the answer is a guard that no call can meet."""
+
+
 class FakeInputs:
     """Makes fake tensors whose sizes are symbols. Equal sizes get the same symbol, as torch.compile does.
 
@@ -97,6 +101,13 @@ class FakeInputs:
             self._sizes[hint] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         return self._sizes[hint]
 
+    def knows_sizes(self, fake: torch.Tensor) -> bool:
+        """Whether no size depends on the data (as the number of elements that are not zero does)."""
+        return all(map(self.knows_size, fake.shape))
+
+    def knows_size(self, size: int | torch.SymInt) -> bool:
+        return all(symbol in self.shape_env.backed_var_to_val for symbol in expression(size).free_symbols)
+
     def of_expression(self, size: sympy.Expr | int) -> torch.SymInt | int:
         """The size that an expression over the symbols stands for."""
         if isinstance(size, int) or size.is_Integer:
@@ -104,10 +115,20 @@ class FakeInputs:
         hint = int(size.subs(self.shape_env.backed_var_to_val))
         return self.shape_env.create_symintnode(size, hint=hint)
 
-    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+    def own_size(self, size: int | torch.SymInt) -> torch.SymInt:
+        """A symbol that no other size is equal to, for a number, or for a size that depends on the data."""
+        hint = size if type(size) is int else UNKNOWN
+        source = SizeSource(f"own_size_{len(self.shape_env.backed_var_to_val)}")
+        symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
+        return self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+
+    def tensor(self, value: torch.Tensor, static_rows: bool = False) -> torch.Tensor:
         """A fake of `value`: sizes become symbols, except the width of hidden states (the last of three or
-        more dimensions of a floating-point tensor), which belongs to the model and not to the batch."""
+        more dimensions of a floating-point tensor), which belongs to the model and not to the batch. With
+        `static_rows`, so does the last of two, unless an input has a size like it."""
         static_width = value.is_floating_point() and value.ndim >= 3
+        if static_rows and value.is_floating_point() and value.ndim == 2:
+            static_width = value.shape[-1] not in self._sizes
         sizes = [
             int(size) if static_width and dim == value.ndim - 1 else self.size(int(size))
             for dim, size in enumerate(value.shape)
@@ -168,6 +189,12 @@ def first_expression(size: int | torch.SymInt) -> sympy.Expr:
     return size.node._expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def symbols_of(value: Any) -> set[sympy.Symbol]:
+    """The symbols in the sizes of a tensor, or in a size."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value] if isinstance(value, torch.SymInt) else []
+    return {symbol for size in sizes for symbol in first_expression(size).free_symbols}
+
+
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
@@ -177,12 +204,19 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
-def bind_sizes(tensor: torch.Tensor, node: torch.fx.Node, known: dict[sympy.Expr, Any]) -> None:
+def bind_sizes(
+    tensor: torch.Tensor, node: torch.fx.Node | Callable[[], torch.fx.Node], known: dict[sympy.Expr, Any]
+) -> None:
     """Lets `size_node` take the sizes of `tensor`, for which `node` stands, that `known` does not have yet."""
+
+    def measured(dim: int) -> torch.fx.Node:
+        found = node if isinstance(node, torch.fx.Node) else node()
+        return found.graph.call_method("size", (found, dim))
+
     for dim, size in enumerate(tensor.shape):
         expr = expression(size)
         if not expr.is_Integer:
-            known.setdefault(expr, functools.partial(node.graph.call_method, "size", (node, dim)))
+            known.setdefault(expr, functools.partial(measured, dim))
 
 
 def size_node(expr: sympy.Expr, graph: torch.fx.Graph, known: dict[sympy.Expr, Any]) -> Any:

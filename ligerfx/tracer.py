@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from .capture import (
     PLAIN,
@@ -41,14 +42,16 @@ from .capture import (
 from .clone import clone_tree
 from .dissolve import may_dissolve
 from .errors import CaptureError
-from .leaves import CACHE_INDEX, is_kernel, leaf_functions
+from .guesses import Guesses
+from .leaves import CACHE_INDEX, HOOKS_MARK, is_check, is_kernel, leaf_functions
+from .opaque import own_results, symbolic_inputs
 from .probes import probed
 from .shadow import LazyFakes, exposes_parameters, is_leaf_module, logged_class, owns_nothing
 from .shapes import Shapes
 from .sharded import torchs_own_linear, whole_parameters, wrapped_module
 from .signature import call_key, parameter_names, stand_in
 from .source import call_site, describe_error
-from .symbols import FakeInputs, bind_sizes, expression, size_node
+from .symbols import FakeInputs, bind_sizes, expression, size_node, symbols_of
 from .traced_numbers import TracedFloat, TracedInt, plain
 
 _BINARY_OPERATORS: dict[str, Callable] = {
@@ -62,7 +65,6 @@ _REFLECTED_OPERATORS: dict[str, Callable] = {
     "__rsub__": operator.sub, "__rdiv__": operator.truediv, "__rtruediv__": operator.truediv,
     "__rpow__": operator.pow, "__rfloordiv__": operator.floordiv,
 }  # fmt: skip
-_GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
 _COUNTING = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "__iter__", "squeeze"}
 """Operations for which a size decides how many tensors they give, or of what rank: their guards count."""
 _MEASURING = {"size", "numel", "nelement", "__len__", "stride"}
@@ -84,6 +86,8 @@ class _Frame:
         self.entry_mode = _mode()
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
+        self.numbers: list[TracedInt | TracedFloat] = []  # that modules returned which stay as they are
+        self.symbols: set[sympy.Symbol] = set()  # of the sizes of what it works on
         self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
 
     def fail(self, reason: str) -> None:
@@ -123,6 +127,7 @@ class Tracer(TorchFunctionMode):
         self.root = root
         self.fakes = fakes or FakeInputs()
         self.original_class = original_class
+        self.guesses = Guesses(self.fakes)
         self._shapes = Shapes(self.fakes)
         self.frames: list[_Frame] = []
         self.paused = self.guessing = False
@@ -171,6 +176,7 @@ class Tracer(TorchFunctionMode):
             if isinstance(value, torch.Tensor):
                 if id(value) not in memo:
                     memo[id(value)] = self.fakes.tensor(value)
+                    self.guesses.learn(memo[id(value)], value)
                 return memo[id(value)]
             if type(value) is int:
                 return TracedInt(value)
@@ -212,7 +218,7 @@ class Tracer(TorchFunctionMode):
                 state[name] = self._fake_parameter(value)
         # transformers collects hidden states and attentions in hooks, and marks the model that has them: the shadow
         # has none.
-        state.pop("_output_capturing_hooks_installed", None)
+        state.pop(HOOKS_MARK, None)
         if state.get("gradient_checkpointing"):
             state["gradient_checkpointing"] = False
 
@@ -231,14 +237,12 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.paused or not self.frames:
-            if self.guessing and (guess := _guessed(name, args, kwargs)) is not None:
-                return guess
+            if self.guessing:
+                return self.guesses.run(self._shapes.run, func, name, args, kwargs)
             return self._shapes.run(func, name, args, kwargs)
         if self.frames[-1].guessing:
-            if (guess := _guessed(name, args, kwargs)) is not None:
-                return guess
             with self.fakes.shape_env.suppress_guards():
-                return self._shapes.run(func, name, args, kwargs)
+                return self.guesses.run(self._shapes.run, func, name, args, kwargs)
         if name in _MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
@@ -291,7 +295,7 @@ class Tracer(TorchFunctionMode):
         elif isinstance(out, dict):
             for name, value in out.items():
                 self._bind_output(frame, value, node, _getter(frame, make, operator.getitem, name, value))
-        elif not isinstance(out, (*PLAIN, torch.SymInt)):
+        elif not isinstance(out, (*PLAIN, torch.SymInt)) or isinstance(out, (TracedInt, TracedFloat)):
             frame.bind(out, make if get else node)
 
     def _arg(self, frame: _Frame, value: Any) -> Any:
@@ -334,6 +338,8 @@ class Tracer(TorchFunctionMode):
         for (path, name), read in frame.reads.items():
             if read.value is value:
                 yield path, name
+            elif not isinstance(read.value, (*PLAIN, nn.Module)):  # one configuration inside another
+                yield from ((join(path, name), n) for n, v in getattr(read.value, "__dict__", {}).items() if v is value)
 
     def _attribute(self, frame: _Frame, target: str, value: Any) -> torch.fx.Node:
         node = frame.graph.create_node("get_attr", target)
@@ -374,6 +380,10 @@ class Tracer(TorchFunctionMode):
             with self._pause(guess=True):
                 out = function(*args, **kwargs)
         frame.recorded_modes.add(_mode())
+        if is_check(function):
+            if isinstance(args[0], torch.Tensor):  # others the model's Python code has answered
+                self._record(frame, "call_function", function, args[:2], {}, None)
+            return None
         if out is None:
             if any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in (*args, *kwargs.values())):
                 frame.fail(f"{function.__name__} returned None, which may depend on the data")
@@ -420,8 +430,9 @@ class Tracer(TorchFunctionMode):
             sizes.guessing = before
 
     def _log_write(self, shadow: nn.Module, name: str) -> None:
-        """A graph has no side effects: a module whose forward sets an attribute runs as it is."""
-        if not self.paused and self.frames and id(shadow) in self._paths:
+        """A graph has no side effects: a module whose forward sets an attribute runs as it is. (What hooks collect,
+        its graph returns.)"""
+        if name != HOOKS_MARK and not self.paused and self.frames and id(shadow) in self._paths:
             self.frames[-1].fail(f"forward sets the attribute {name!r} of {self._paths[id(shadow)] or 'the model'!r}")
 
     def _log_read(self, shadow: nn.Module, name: str, value: Any) -> Any:
@@ -468,6 +479,9 @@ class Tracer(TorchFunctionMode):
                     out = _probed(real, forward, *args)
             self._record_call(self.frames[-1], path, args, kwargs, out, real)
             return out
+        if self.frames and self.frames[-1].guessing:
+            with self._pause():
+                args, kwargs = symbolic_inputs((args, kwargs), self.guesses)
         capture = out = None
         if not any(has_own_hooks(inner) for inner in shadow.modules() if inner is not shadow):
             capture, out = self._reuse(real, path, args, kwargs)
@@ -476,11 +490,25 @@ class Tracer(TorchFunctionMode):
         if self.frames:
             parent = self.frames[-1]
             parent.capture.children.append((self._relative(parent, path), capture))
+            if capture.error and not parent.guessing:
+                with self._pause():
+                    out = own_results(out, self.fakes)
             node = self._record_call(parent, path, args, kwargs, out, real)
+            if node is not None:
+                self._bind_results(parent, out)
             if node is not None and may_dissolve(node.target, real):
                 known = cls, present_parameters(real), own_methods(real, cls)
                 node.meta.update(capture=capture, stands_for=known)
         return out
+
+    def _bind_results(self, frame: _Frame, out: Any) -> None:
+        """Lets sizes that come from a module that stays as it is be measured when it, or its caller, has run."""
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor) and not symbols_of(value) <= frame.symbols:
+                bind_sizes(value, functools.partial(frame.node_of, value), frame.sizes)
+                frame.symbols |= symbols_of(value)
+            elif isinstance(value, (TracedInt, TracedFloat)):
+                frame.numbers.append(value)
 
     def _record_call(
         self, frame: _Frame, path: str, args: tuple, kwargs: dict, out: Any, real: nn.Module
@@ -523,7 +551,7 @@ class Tracer(TorchFunctionMode):
             frame.fail(describe_error(error))
             frame.guessing = True  # the caller's graph, and those of the modules inside, may be good all the same
             try:
-                with self._guess_sizes(True):
+                with self._guess_sizes(True), self.guesses.active():
                     out = forward(shadow, *args, **kwargs)
                 if _is_empty(out):  # what was guessed to be empty was an output
                     raise CaptureError(frame.capture.error)
@@ -531,20 +559,26 @@ class Tracer(TorchFunctionMode):
                 try:  # a module inside may need what it gets as it is: a mask object, say
                     if len(self.frames) == 1:
                         raise
-                    with self._pause(guess=True):
+                    with self._pause(guess=True), self.guesses.active():
                         out = forward(shadow, *args, **kwargs)
                     if _is_empty(out):
                         raise CaptureError(frame.capture.error) from None
                 except Exception:
-                    self._hopeless[id(shadow)] = frame.capture.error
+                    # With other sizes than some that depend on the data, it may run.
+                    if all(self.fakes.knows_sizes(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)):
+                        self._hopeless[id(shadow)] = frame.capture.error
                     raise
         finally:
             self.frames.pop()
-            capture.guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]
+            # Modules inside answer for sizes that only they know.
+            guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]
+            capture.guards = [guard for guard in guards if guard.free_symbols <= frame.symbols]
             capture.reads = list(frame.reads.values())
             if not capture.error:
                 self._check_modes(frame)
                 self._check_reads(frame)
+                if any(number.used for number in frame.numbers):
+                    frame.fail("forward computes with a number that a module which stays as it is returned")
         self._finish(frame, out, placeholders)
         capture.output = out
         self._finished.setdefault((structure(self._real[id(shadow)], self._structures), key), []).append(capture)
@@ -558,6 +592,7 @@ class Tracer(TorchFunctionMode):
             node = frame.graph.placeholder(name)
             node.meta["val"] = value
             nodes.append(node)
+            frame.symbols |= symbols_of(value)
             if id(value) in frame.known:
                 continue  # one tensor passed twice: the first name serves
             if _is_foreign(value):
@@ -698,16 +733,6 @@ def _target(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[str, Any, 
     if is_method and isinstance(args[0], torch.Tensor):
         return "call_method", name, args, kwargs
     return "call_function", func, args, kwargs
-
-
-def _guessed(name: str, args: tuple, kwargs: dict) -> Any:
-    """An answer to a question about the data of a fake: 0, False, or that no element is meant. None for others."""
-    if name == "nonzero" or (name == "where" and len(args) == 1):
-        rank = args[0].ndim
-        if name == "where" or kwargs.get("as_tuple"):
-            return tuple(args[0].new_empty((0,), dtype=torch.int64) for _ in range(rank))
-        return args[0].new_empty((0, rank), dtype=torch.int64)
-    return _GUESSES.get(name)
 
 
 def _is_foreign(value: Any) -> bool:

@@ -1,10 +1,13 @@
-"""A sample of the zoo: one model for each kind of norm, rotation, gated unit, expert layer and recurrent layer.
+"""A sample of the zoo: one model for each kind of norm, rotation, gated unit, expert layer and recurrent layer, and
+some that take images or encode text.
 
 The whole zoo is `python -m benchmarks.zoo`.
 """
 
 import pytest
 import zoo_check
+import zoo_encoders
+import zoo_vision
 
 SAMPLE = {
     # Which sites of each model are rewritten; those of the others all are.
@@ -31,3 +34,21 @@ def test_model(name, references):
     assert {site: min(done, result["sites"][site]) for site, done in result["rewritten"].items()} == expected
     assert not result["unexplained"]
     assert not result["recaptured"], "another shape needed another capture"
+
+
+@pytest.mark.parametrize("name, outside", [("qwen2_vl", {"rope": 2}), ("mistral3", {"rope": 2}), ("smolvlm", {})])
+def test_with_images(name, outside, references, monkeypatch):
+    """Grids of images in loops, images of several sizes, padding images: the loss and the language model are fused, and
+    what rotates inside attention over pieces of an image is not."""
+    monkeypatch.setattr(zoo_check, "low_precision", lambda *_: {})
+    result = zoo_check.check(name, zoo_vision)
+    assert result["captured"] and result["fp32"] == result["other_shape"] == result["text_alone"] == {}
+    assert result["rewritten"] == {site: count - outside.get(site, 0) for site, count in result["sites"].items()}
+
+
+@pytest.mark.parametrize("name", ["modernbert", "t5gemma"])
+def test_encoders(name, references, monkeypatch):
+    monkeypatch.setattr(zoo_check, "low_precision", lambda *_: {})
+    result = zoo_check.check(name, zoo_encoders)
+    assert not result["opaque"] and result["fp32"] == result["other_shape"] == {}
+    assert result["rewritten"] == result["sites"]

@@ -134,8 +134,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
 
     The weights depend on the seed alone: a bf16 model holds the rounded weights of the fp32 one.
     """
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
-    config = _for_class(model_class, small_config(name))
+    return built(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]), small_config(name), dtype, seed)
+
+
+def built(model_class: type, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    """A model of the class, in training mode, with random weights. Of a configuration with others inside, the class
+    gets the one that it takes."""
+    config = _for_class(model_class, config)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = model_class(config)
@@ -150,27 +155,42 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Mo
 
 def small_config(name: str) -> PreTrainedConfig:
     """The published kind of configuration, with small numbers."""
-    return _shrunk(CONFIG_MAPPING[name], VALUES.get(name, {}))
+    return shrunk(CONFIG_MAPPING[name], VALUES.get(name, {}))
 
 
-def _shrunk(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+def shrunk(
+    config_class: type[PreTrainedConfig], values: dict[str, Any], small: dict[str, Any] = SMALL
+) -> PreTrainedConfig:
+    """A configuration of the class with the `small` numbers, and so those inside it; `values` come first."""
     try:
         default = config_class()
     except Exception:  # one without defaults: what is given must do
         return config_class(**values)
-    settings = {key: value for key, value in SMALL.items() if _wanted(default, key)}
+    settings = {key: value for key, value in small.items() if _wanted(default, key)}
     settings |= {key: 0.0 for key, value in vars(default).items() if _is_dropout(key, value)}
     for key in LAYERS:
         if _wanted(default, key):
             settings |= _layers(default, key)
+    if sections := (vars(default).get("rope_parameters") or {}).get("mrope_section"):
+        settings["rope_parameters"] = default.rope_parameters | {"mrope_section": _sections(default, sections)}
     for key in config_class.sub_configs:
         inner = getattr(default, key, None)
         if isinstance(inner, PreTrainedConfig):
-            settings[key] = _shrunk(type(inner), values.get(key, {}))
+            settings[key] = shrunk(type(inner), values.get(key, {}), small)
+        elif key in values:
+            settings[key] = shrunk(config_class.sub_configs[key], values[key], small)
     if "kv_lora_rank" in settings:  # latent attention: each head has keys of its own
         settings["num_key_value_heads"] = HEADS
     settings |= {key: value for key, value in values.items() if key not in config_class.sub_configs}
     return config_class(**settings)
+
+
+def _sections(config: PreTrainedConfig, sections: Sequence[int]) -> list[int]:
+    """The parts of a small head's rotated half, in the proportions of the sections."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rotated = sum(sections) * HEAD // width
+    parts = [max(1, section * rotated // sum(sections)) for section in sections[:-1]]
+    return [*parts, rotated - sum(parts)]
 
 
 def _for_class(model_class: type, config: PreTrainedConfig) -> PreTrainedConfig:

@@ -6,10 +6,11 @@ import copy
 import re
 import time
 from collections import Counter
+from types import ModuleType
 from typing import Any
 
 import torch
-import zoo
+import zoo as causal
 from sites import Sites, counted
 from torch import Tensor, nn
 
@@ -29,8 +30,8 @@ IDIOMS = {
 """Which idioms of a report count as which sites."""
 
 
-def check(name: str) -> dict[str, Any]:
-    """Everything about one model, as JSON. Raises what building or running the original model raises."""
+def check(name: str, zoo: ModuleType = causal) -> dict[str, Any]:
+    """Everything about one model of a zoo, as JSON. Raises what building or running the original model raises."""
     model = zoo.build(name)
     inputs = zoo.example(model, *SHAPE)
     result: dict[str, Any] = {
@@ -66,7 +67,9 @@ def check(name: str) -> dict[str, Any]:
     else:
         result["other_shape"] = differences(expected_other, run(optimised, other))
     result["recaptured"] = sum(map(len, optimised._ligerfx_programs.values())) > 1
-    result["bf16"] = low_precision(name, inputs)
+    if hasattr(zoo, "text_example"):
+        result["text_alone"] = _text_alone(model, optimised, zoo.text_example(model, *SHAPE))
+    result["bf16"] = low_precision(name, inputs, zoo)
     return result
 
 
@@ -88,6 +91,15 @@ def _is_opaque(path: str, report: ligerfx.Report) -> bool:
     while path not in report.opaque and path not in report._code and path:
         path = path.rpartition(".")[0]
     return path in report.opaque
+
+
+def _text_alone(model: nn.Module, optimised: nn.Module, text: dict[str, Any]) -> dict[str, float | str] | str:
+    """A call without images, after those with images."""
+    try:
+        expected = run(model, text)
+    except Exception as error:
+        return f"the model itself fails: {type(error).__name__}: {str(error)[:200]}"
+    return differences(expected, run(optimised, text))
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -124,7 +136,7 @@ def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[s
     return wrong
 
 
-def low_precision(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+def low_precision(name: str, inputs: dict[str, Any], zoo: ModuleType) -> dict[str, Any]:
     """Errors in bf16 of the optimised model and of the original, both against fp32, over all gradients together."""
     original = zoo.build(name, torch.bfloat16)
     truth_model = zoo.build(name)

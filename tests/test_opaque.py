@@ -1,0 +1,115 @@
+"""Modules that stay as they are because their Python code looks at data: the modules inside and around are captured."""
+
+import pytest
+import torch
+from torch import nn
+
+import ligerfx
+from ligerfx.guesses import Guesses
+from ligerfx.symbols import FakeInputs
+
+H = 8
+
+pytestmark = pytest.mark.usefixtures("references")
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(H))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Pieces(nn.Module):
+    """Cuts its rows into pieces of the sizes in a tensor, as an image encoder does; each goes through a norm."""
+
+    def __init__(self, result=lambda rows, sizes: rows):
+        super().__init__()
+        self.norm = Norm()
+        self.result = result
+
+    def forward(self, rows, sizes):
+        found, start = [], 0
+        for size in sizes.tolist():
+            found.append(self.norm(rows[start : start + size]))
+            start += size
+        keep = rows[:start].sum(-1) > 0  # and only some of its rows come out
+        return self.result(torch.cat(found)[keep], sizes)
+
+
+class Model(nn.Module):
+    def __init__(self, result=lambda rows, sizes: rows, end=lambda rows: rows * torch.arange(rows.shape[0])[:, None]):
+        super().__init__()
+        self.pieces, self.norm, self.end = Pieces(result), Norm(), end
+
+    def forward(self, rows, sizes):
+        return self.norm(self.end(self.pieces(rows, sizes)))
+
+
+def assert_same(model, optimised, *call):
+    results = []
+    for candidate in (model, optimised):
+        model.zero_grad()
+        out = candidate(*call)
+        out.sum().backward()
+        results.append((out.detach(), *(p.grad for p in model.parameters())))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_inside_and_around_is_captured():
+    model = Model()
+    rows, sizes = torch.randn(7, H), torch.tensor([3, 4])
+    state = torch.get_rng_state()
+    optimised = ligerfx.optimize(model, (rows, sizes))
+    assert torch.equal(torch.get_rng_state(), state) and sizes.tolist() == [3, 4]
+    assert list(optimised.report.opaque) == ["pieces"] and optimised.report.idioms == {"rms_norm": 2}
+    for numbers in ([3, 4], [1, 1, 5], [6]):  # other numbers of pieces, and of rows that come out
+        assert_same(model, optimised, torch.randn(7, H), torch.tensor(numbers))
+
+
+def test_sizes_of_its_result_are_measured():
+    """The caller's graph asks for them when it runs: as many rows came out as the data wanted."""
+    model = Model()
+    optimised = ligerfx.optimize(model, (torch.ones(5, H), torch.tensor([2, 3])))
+    assert "size" in optimised.code
+    rows = torch.ones(5, H)
+    rows[3] = -1
+    assert len(optimised(rows, torch.tensor([2, 3]))) == 4
+    assert_same(model, optimised, rows, torch.tensor([2, 3]))
+
+
+def test_numbers_of_its_result_are_no_constants():
+    model = Model(lambda rows, sizes: (rows, sizes.sum().item()), lambda pair: pair[0] * pair[1])
+    optimised = ligerfx.optimize(model, (torch.randn(7, H), torch.tensor([3, 4])))
+    assert list(optimised.report.opaque) == ["pieces"]
+    assert_same(model, optimised, torch.randn(7, H), torch.tensor([1, 2]))
+
+    model.end = lambda pair: pair[0] * (pair[1] + 1)
+    optimised = ligerfx.optimize(model, (torch.randn(7, H), torch.tensor([3, 4])))
+    assert "computes with a number" in optimised.report.opaque[""]
+    assert_same(model, optimised, torch.randn(7, H), torch.tensor([1, 2]))
+
+
+def test_values_are_known_as_far_as_the_example_inputs_tell():
+    fakes = FakeInputs()
+    guesses = Guesses(fakes)
+    grid = torch.tensor([[1, 4, 6]])
+    fake = fakes.tensor(grid)
+    guesses.learn(fake, grid)
+
+    def run(function, name, *args):
+        return guesses.run(lambda f, n, a, k: f(*a, **k), function, name, args, {})
+
+    with fakes.active():
+        row = run(torch.Tensor.__getitem__, "__getitem__", fake, 0)
+        assert run(torch.Tensor.tolist, "tolist", row) == [1, 4, 6]
+        run(torch.Tensor.add_, "add_", row, 1)
+        assert run(torch.Tensor.tolist, "tolist", row) == [2, 5, 7]
+        unknown = torch.empty(3, dtype=torch.int64)
+        assert run(torch.Tensor.item, "item", unknown) == 0  # a guess
+        mixed = run(torch.Tensor.add, "add", unknown, row)
+        assert run(torch.Tensor.__bool__, "__bool__", mixed) is False
+    assert grid.tolist() == [[1, 4, 6]]  # what was given is as it was

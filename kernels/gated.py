@@ -18,13 +18,18 @@ _ACTIVATIONS = {
 def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """Plain PyTorch `glu`."""
     check_glu("glu", gate, up, activation)
-    return _ACTIVATIONS[activation](gate) * up
+    return gated(gate, up, activation)
 
 
 def packed_glu_reference(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
     """Plain PyTorch `packed_glu`."""
     check_packed_glu("packed_glu", gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
+    return gated(gate, up, activation)
+
+
+def gated(gate, up, activation):
+    """`glu_reference`, for arguments that were checked."""
     return _ACTIVATIONS[activation](gate) * up
 
 
@@ -265,9 +270,9 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
-    check_glu("glu", gate, up, activation)
     if not use_triton(gate, up):
         return glu_reference(gate, up, activation)
+    check_glu("glu", gate, up, activation)
     return _GLU.apply(gate, up, activation)
 
 
@@ -287,7 +292,7 @@ def packed_glu(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
     """
-    check_packed_glu("packed_glu", gate_up, activation)
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
+    check_packed_glu("packed_glu", gate_up, activation)
     return _GLU.apply(gate_up, None, activation)

@@ -13,12 +13,11 @@ from ._runtime import autocast_dtype, use_triton
 from .gated import (
     check_glu,
     check_packed_glu,
+    gated,
     glu,
     glu_backward,
     glu_forward,
-    glu_reference,
     packed_glu,
-    packed_glu_reference,
 )
 
 
@@ -31,7 +30,7 @@ def glu_linear_reference(
 ) -> torch.Tensor:
     """Plain PyTorch `glu_linear`."""
     _check(gate, up, weight, bias, activation)
-    return F.linear(glu_reference(gate, up, activation), weight, bias)
+    return F.linear(gated(gate, up, activation), weight, bias)
 
 
 def packed_glu_linear_reference(
@@ -42,7 +41,7 @@ def packed_glu_linear_reference(
 ) -> torch.Tensor:
     """Plain PyTorch `packed_glu_linear`."""
     _check_packed(gate_up, weight, bias, activation)
-    return F.linear(packed_glu_reference(gate_up, activation), weight, bias)
+    return F.linear(gated(*gate_up.chunk(2, dim=-1), activation), weight, bias)
 
 
 def _unfused(gate, up, weight, bias, activation):
@@ -126,9 +125,9 @@ def glu_linear(
 
     Under autocast, and where dtypes differ, this is `glu` and then the eager layer.
     """
-    _check(gate, up, weight, bias, activation)
     if not use_triton(gate, up, weight, bias):
         return glu_linear_reference(gate, up, weight, bias, activation)
+    _check(gate, up, weight, bias, activation)
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     if autocast_dtype(gate.device.type) is not None or not is_plain_linear(dtype, weight, bias):
         return _unfused(gate, up, weight, bias, activation)
@@ -156,9 +155,9 @@ def packed_glu_linear(
         ValueError: for an unknown activation, a last dim of odd size, or a weight or bias that does not fit.
         TypeError: if gate_up is not floating point, or weight or bias is of an integer dtype.
     """
-    _check_packed(gate_up, weight, bias, activation)
     if not use_triton(gate_up, weight, bias):
         return packed_glu_linear_reference(gate_up, weight, bias, activation)
+    _check_packed(gate_up, weight, bias, activation)
     if autocast_dtype(gate_up.device.type) is not None or not is_plain_linear(gate_up.dtype, weight, bias):
         return _unfused(gate_up, None, weight, bias, activation)
     return _GLULinear.apply(gate_up, None, weight, bias, activation, recompute)

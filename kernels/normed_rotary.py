@@ -490,10 +490,10 @@ def norm_rope(
 
     Source: Yang et al., "Qwen3 Technical Report", 2025, arXiv:2505.09388, section 2 (QK-Norm).
     """
-    head_dim = _check(q, k, q_weight, k_weight, cos, sin, cast)
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, q_weight, k_weight, cos, sin):
         return norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast)
+    head_dim = _check(q, k, q_weight, k_weight, cos, sin, cast)
     cos, sin = with_four_dims(cos), with_four_dims(sin)
     return _NormRope.apply(
         q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast == "after_weight", head_dim

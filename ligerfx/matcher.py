@@ -587,8 +587,12 @@ class _Unifier:
             whole, part = func(*have), func(*(bound[a] for a in known))
             rest = decimal(whole / part if func is sympy.Mul else whole - part)
             if rest.count_ops() >= max(whole.count_ops(), 1):
-                names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
-                self.note(self._progress, lambda: f"expected {names}, found {self._found(whole)}")
+
+                def reason() -> str:
+                    names = ", ".join(f"{a} = {self._found(bound[a])}" for a in known)
+                    return f"expected {names}, found {self._found(whole)}"
+
+                self.note(self._progress, reason)
                 return
             want = [a for a in want if a not in known]
             have = [] if rest == func.identity else list(rest.args) if rest.func is func else [rest]
@@ -612,17 +616,20 @@ class _Unifier:
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
 
 
-def describe(expr: sympy.Expr, terms: Terms) -> str:
-    """A value as readable text."""
-    names = {s: sympy.Symbol(_term_text(terms.terms[s], terms)) for s in expr.free_symbols if s in terms.terms}
+def describe(expr: sympy.Expr, terms: Terms, depth: int = 6) -> str:
+    """A value as readable text. What is deeper inside is left out: written out, a value that is used twice is there
+    twice, and so a graph of many layers has no end."""
+    if depth == 0:
+        return "..."
+    names = {s: sympy.Symbol(_term_text(terms.terms[s], terms, depth)) for s in expr.free_symbols if s in terms.terms}
     text = sympy.sstr(expr.xreplace(names), full_prec=False)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _term_text(term: Any, terms: Terms) -> str:
+def _term_text(term: Any, terms: Terms, depth: int) -> str:
     if term.op == "leaf":
         return str(term.attrs[0])
-    inner = [describe(a, terms) for a in term.args]
+    inner = [describe(a, terms, depth - 1) for a in term.args]
     attrs = [_attribute(a) for a in term.attrs]
     return f"{term.op}({', '.join(inner + attrs)})"
 

@@ -83,10 +83,17 @@ class FakeInputs:
     def size(self, hint: int) -> torch.SymInt:
         """The symbol for an input size whose value is `hint`."""
         if hint not in self._sizes:
-            source = SizeSource(f"size_{hint}")
-            symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
-            self._sizes[hint] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+            self._sizes[hint] = self._new_size(hint, f"size_{hint}")
         return self._sizes[hint]
+
+    def another_size(self, hint: int) -> torch.SymInt:
+        """A symbol for a size that is no input's, and may be any."""
+        return self._new_size(hint, f"size_{hint}_of_{len(self.shape_env.backed_var_to_val)}")
+
+    def _new_size(self, hint: int, name: str) -> torch.SymInt:
+        source = SizeSource(name)
+        symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
+        return self.shape_env.create_symintnode(symbol, hint=hint, source=source)
 
     def of_expression(self, size: sympy.Expr | int) -> torch.SymInt | int:
         """The size that an expression over the symbols stands for."""

@@ -382,11 +382,14 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._pause():
-            out = torch.empty_like(key), torch.empty_like(value)
         frame = self.frames[-1]
+        with self._pause():
+            length = self.fakes.another_size(_cached_length(frame, key))
+            out = tuple(t.new_empty((*t.shape[:-2], length, t.shape[-1])) for t in (key, value))
         args = [self._handed_on(frame, a) for a in args]
-        self._record(frame, "call_method", "update", (cache, key, value, *args), kwargs, out)
+        if self._record(frame, "call_method", "update", (cache, key, value, *args), kwargs, out) is not None:
+            size = functools.partial(frame.graph.call_method, "size")
+            frame.sizes[expression(length)] = lambda: size((frame.node_of(out[0]), -2))
         return out
 
     def _handed_on(self, frame: _Frame, value: Any) -> Any:
@@ -659,6 +662,14 @@ class Tracer(TorchFunctionMode):
                 with self._pause(), self.fakes.active():
                     return capture, _fresh(capture.output, inputs)
         return None, None
+
+
+def _cached_length(frame: _Frame, key: torch.Tensor) -> int:
+    """A length for the keys that a cache gives back, which has more than it is given: the mask's, if there is one."""
+    sizes = [v.shape for v in frame.capture.leaf_values if isinstance(v, torch.Tensor) and v.ndim == 4]
+    masks = [s for s in sizes if expression(s[-2]) == expression(key.shape[-2])]
+    length = masks[0][-1] if masks else key.shape[-2]
+    return length.node.hint if isinstance(length, torch.SymInt) else length
 
 
 def _probed(layer: nn.Linear, forward: Callable, x: torch.Tensor) -> torch.Tensor:

@@ -158,15 +158,9 @@ def snapshot(value: Any) -> Any:
     return None
 
 
-def attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object, which is not asked itself: its `__getattribute__` may be Python code, as that of a
-    configuration is, and take longer than all the rest."""
-    return object.__getattribute__(value, "__dict__")
-
-
 def _content(value: Any) -> Any:
     """A list, dict or set itself, and of another object the attributes."""
-    return value if issubclass(type(value), (list, dict, set)) else attributes(value)
+    return value if issubclass(type(value), (list, dict, set)) else vars(value)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -201,7 +195,7 @@ def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...], method
             if not is_view_of_flat(state.get(name)):
                 return False
             present += 1
-    return present == len(parameters) and state.keys().isdisjoint(methods)
+    return present == len(parameters) and all(name not in state for name in methods)
 
 
 def own_methods(module: nn.Module, cls: type) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read, attributes
+from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read
 from .deferred import settled_if_sharded
 from .signature import autocast_key
 
@@ -96,8 +96,8 @@ def entry_for(
     text += f"    return {result}" if grad is None else f"    with set_grad_enabled({grad}): return {result}"
     names = {
         **source.names, "MISS": MISS, "Tensor": torch.Tensor, "autocast": torch.is_autocast_enabled,
-        "autocast_key": autocast_key, "torch": torch, "attributes": attributes, "forward": forward, "absent": _ABSENT,
-        "settled_if_sharded": settled_if_sharded, "set_grad_enabled": torch.set_grad_enabled,
+        "autocast_key": autocast_key, "torch": torch, "attribute_of": object.__getattribute__, "forward": forward,
+        "absent": _ABSENT, "settled_if_sharded": settled_if_sharded, "set_grad_enabled": torch.set_grad_enabled,
     }  # fmt: skip
     exec(compile(text, "<ligerfx entry>", "exec"), names)
     return names["entry"]
@@ -158,9 +158,10 @@ def _check_modules(source: _Source, program: Program, module: nn.Module) -> None
         elif not read.can_change:
             source.check(f"{owner}.__dict__.get({read.name!r}, absent) is {value} or {general}")
         elif isinstance(read.state, dict) and not isinstance(read.value, dict):  # a configuration
+            # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
             kind, state = source.constant(type(read.value)), source.constant(read.state)
             source.lines.append(f"v = {owner}.__dict__[{read.name!r}]")
-            source.check(f"type(v) is {kind} and attributes(v) == {state}")
+            source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {state}")
         else:
             source.check(general)
 

@@ -66,7 +66,7 @@ _GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "
 _COUNTING = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "__iter__", "squeeze"}
 """Operations for which a size decides how many tensors they give, or of what rank: their guards count."""
 _MEASURING = {"size", "numel", "nelement", "__len__", "stride"}
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
+CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
 
 
 class _Frame:
@@ -250,7 +250,7 @@ class Tracer(TorchFunctionMode):
         else:
             with self.fakes.shape_env.suppress_guards():
                 out = self._run(func, name, args, kwargs)
-        if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
+        if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in CASTS and out is args[0])):
             return out
         frame = self.frames[-1]
         frame.recorded_modes.add(_mode())

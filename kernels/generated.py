@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
+from ._runtime import PLAIN, as_rows, jit, launch_device, tanh, tl, triton, use_triton
 from .gated import grid_of
 
 _numbers = itertools.count()
@@ -59,6 +59,10 @@ class GeneratedGLU:
         return _kernels_of(self.source)
 
     def takes(self, gate: torch.Tensor, up: torch.Tensor) -> bool:
+        """Whether the kernel can take these. In what torch.compile traces it does not: it is no operator, and from the
+        activation itself Inductor writes such a kernel, too."""
+        if torch.compiler.is_compiling() or type(gate) not in PLAIN:
+            return False
         return gate.dim() > 0 and gate.shape == up.shape and use_triton(gate, up)
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -61,9 +61,8 @@ class Program:
     conditions: list[str] = field(default_factory=list)  # of the guard, on the inputs
     entries: dict[tuple, Callable | None] = field(default_factory=dict)  # by kind of call
 
-    @property
-    def defers_logits(self) -> bool:
-        return any(node.target is deferred_logits for node in self.capture.graph.nodes)
+    def __post_init__(self) -> None:
+        self.defers_logits = any(node.target is deferred_logits for node in self.capture.graph.nodes)
 
     def __deepcopy__(self, memo: dict) -> Program:
         return self  # immutable; holds nothing of the module that it runs on

@@ -66,6 +66,16 @@ def test_far_out_and_at_the_kink(device):
         torch.testing.assert_close(gate.grad, expected.grad, rtol=1e-6, atol=1e-6)
 
 
+def test_under_torch_compile_the_activation_itself_is_traced(device):
+    """A kernel that is no operator would end the graph."""
+    gate, up = (torch.randn(5, 30, device=device, requires_grad=True) for _ in range(2))
+    compiled = torch.compile(replacement("snake"), backend="aot_eager", fullgraph=True)
+    expected = ACTIVATIONS["snake"](gate) * up
+    torch.testing.assert_close(compiled(gate, up), expected, rtol=1e-6, atol=1e-6)
+    found = torch.autograd.grad(compiled(gate, up).sum(), (gate, up))
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), (gate, up)), rtol=1e-6, atol=1e-6)
+
+
 def test_nan_passes(device):
     gate = torch.tensor([float("nan"), 1.0], device=device)
     for name in ACTIVATIONS:

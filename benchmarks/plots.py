@@ -97,14 +97,15 @@ def memory(report: dict[str, Any], axis: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5))
     points = [point for point in report["points"] if point["axis"] == axis and "size" in point]
     fitting = [point for point in points if point["fits"] and point["peak_gib"]]
-    top = report["card_gib"] or max(point["peak_gib"] for point in fitting)
+    card = None if all(point["fits"] for point in points) else report["card_gib"]
+    top = card or max(point["peak_gib"] for point in fitting)
     for variant in dict.fromkeys(point["variant"] for point in points):
         mine = sorted((p["size"], p["peak_gib"]) for p in fitting if p["variant"] == variant)
         sizes, peaks = [size for size, _ in mine], [peak for _, peak in mine]
         axes.plot(sizes, peaks, marker="o", markersize=4, color=COLOURS[variant], label=variant)
         if too_large := [p["size"] for p in points if p["variant"] == variant and not p["fits"]]:
             axes.plot(min(too_large), top, "x", markersize=9, color=COLOURS[variant])
-    if report["card_gib"]:
+    if card:
         axes.axhline(top, color="black", linewidth=0.8, linestyle="--")
         place = {"xycoords": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 8}
         axes.annotate("memory of the card; x: does not fit", (0.01, top), **place)

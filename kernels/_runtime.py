@@ -176,3 +176,10 @@ def tanh(x):
     p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
     near = x + x * z * (p - 3.33332819422e-1)
     return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of a float32 value, exact for small x, too (Kahan); the interpreter lacks libdevice's."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))

@@ -65,6 +65,14 @@ def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRo
 
     Raises:
         TypeError: if target is not int64.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rows_that_count
+        >>> target = torch.tensor([[1, 5, -100], [2, -100, -100]])
+        >>> rows = rows_that_count(target)
+        >>> rows.size, rows.n_valid
+        (6, tensor(3))
     """
     if target.dtype != torch.int64:
         raise TypeError(f"rows_that_count: target must be int64, got {target.dtype}")

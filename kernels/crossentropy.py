@@ -23,7 +23,16 @@ def cross_entropy_reference(
     scale: float = 1.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """Plain PyTorch `cross_entropy`."""
+    """Plain PyTorch `cross_entropy`.
+
+    Arguments, results and errors are those of `cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import cross_entropy_reference
+        >>> cross_entropy_reference(torch.zeros(3, 8), torch.tensor([1, 5, -100]))  # log 8, over two rows
+        tensor(2.0794)
+    """
     check_loss_options("cross_entropy", target, reduction, label_smoothing, softcap)
     _check(logits, target)
     z = logits.float()
@@ -384,6 +393,17 @@ def cross_entropy(
     the loss and its row's gradient NaN. (PyTorch raises on the CPU and fails a device assertion on CUDA.)
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import cross_entropy
+        >>> logits, target = torch.zeros(3, 8, requires_grad=True), torch.tensor([1, 5, -100])
+        >>> loss = cross_entropy(logits, target)
+        >>> loss.item()  # log 8
+        2.07944...
+        >>> loss.backward()
+        >>> logits.grad[0, :3], logits.grad[2].any()  # the last row is ignored
+        (tensor([ 0.0625, -0.4375,  0.0625]), tensor(False))
     """
     check_loss_options("cross_entropy", target, reduction, label_smoothing, softcap)
     _check(logits, target)

@@ -1,28 +1,39 @@
 """Gated linear units, act(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ._activations import IN_TORCH, Activation, in_torch, in_triton, key_of
 from ._operators import operator
-from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
-
-_ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+from ._runtime import as_rows, jit, launch_device, tl, use_triton
 
 
-def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """Plain PyTorch `glu`."""
+def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
+    """Plain PyTorch `glu`.
+
+    Arguments, results and errors are those of `glu`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import glu_reference
+        >>> glu_reference(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 3.0]), "relu")
+        tensor([0., 6.])
+    """
     check_glu("glu", gate, up, activation)
     return gated(gate, up, activation)
 
 
-def packed_glu_reference(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """Plain PyTorch `packed_glu`."""
+def packed_glu_reference(gate_up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
+    """Plain PyTorch `packed_glu`.
+
+    Arguments, results and errors are those of `packed_glu`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import packed_glu_reference
+        >>> packed_glu_reference(torch.tensor([-1.0, 2.0, 3.0, 3.0]), "relu")  # the gate is the first half
+        tensor([0., 6.])
+    """
     check_packed_glu("packed_glu", gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
     return gated(gate, up, activation)
@@ -30,30 +41,7 @@ def packed_glu_reference(gate_up: torch.Tensor, activation: str = "silu") -> tor
 
 def gated(gate, up, activation):
     """`glu_reference`, for arguments that were checked."""
-    return _ACTIVATIONS[activation](gate) * up
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """(act(x), act'(x)); the compiler drops the derivative where it is not used."""
-    if ACTIVATION == "silu":
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
-        value = x * sigmoid
-        slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        value = x * cdf
-        slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACTIVATION == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        value = 0.5 * x * (1.0 + t)
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
-    else:
-        # Written so that NaN passes, as it does in torch.relu.
-        value = tl.where(x <= 0, 0.0, x)
-        slope = tl.where(x <= 0, 0.0, 1.0)
-    return value, slope
+    return in_torch(activation)(gate) * up
 
 
 @jit
@@ -66,7 +54,7 @@ def _fwd_kernel(
     y_stride,
     n_cols,
     col_blocks,
-    ACTIVATION: tl.constexpr,
+    ACTIVATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -75,7 +63,7 @@ def _fwd_kernel(
     mask = cols < n_cols
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activate(gate, ACTIVATION)
+    value, _ = ACTIVATE(gate)
     tl.store(y_ptr + row * y_stride + cols, (value * up).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -98,7 +86,7 @@ def _bwd_kernel(
     NEED_DGATE: tl.constexpr,
     NEED_DUP: tl.constexpr,
     WRITE_Z: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -107,7 +95,7 @@ def _bwd_kernel(
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activate(gate, ACTIVATION)
+    value, slope = ACTIVATE(gate)
     if NEED_DGATE or WRITE_Z:
         up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
     if NEED_DGATE:
@@ -153,7 +141,7 @@ def glu_forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str) ->
         strides = gate.stride(0), up.stride(0), n_cols
     programs, col_blocks, block = grid_of(n_rows, n_cols)
     with launch_device(gate):
-        _fwd_kernel[(programs,)](gate, up, y, *strides, n_cols, col_blocks, activation, block, num_warps=4)
+        _fwd_kernel[(programs,)](gate, up, y, *strides, n_cols, col_blocks, in_triton(activation), block, num_warps=4)
     return y
 
 
@@ -209,7 +197,7 @@ def _backward(dy, gate, up, activation, need_gate, need_up, need_z, over_dy=True
     with launch_device(gate):
         _bwd_kernel[(programs,)](
             *tensors, *strides, n_cols, col_blocks,
-            dgate is not None, dup is not None, z is not None, activation, block, num_warps=4,
+            dgate is not None, dup is not None, z is not None, in_triton(activation), block, num_warps=4,
         )  # fmt: skip
     return results
 
@@ -231,15 +219,15 @@ class _GLU(torch.autograd.Function):
         return dgate, dup, None
 
 
-def _check_activation(op: str, activation: str, *tensors: torch.Tensor) -> None:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+def _check_activation(op: str, activation: str | Activation, *tensors: torch.Tensor) -> None:
+    if not isinstance(activation, Activation) and activation not in IN_TORCH:
+        raise ValueError(f"{op}: activation must be one of {', '.join(IN_TORCH)}, got {activation!r}")
     for tensor in tensors:
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: expected floating-point inputs, got {tensor.dtype}")
 
 
-def check_glu(op: str, gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+def check_glu(op: str, gate: torch.Tensor, up: torch.Tensor, activation: str | Activation) -> None:
     _check_activation(op, activation, gate, up)
     if gate.dim() == 0 or gate.shape != up.shape:
         raise ValueError(
@@ -247,19 +235,20 @@ def check_glu(op: str, gate: torch.Tensor, up: torch.Tensor, activation: str) ->
         )
 
 
-def check_packed_glu(op: str, gate_up: torch.Tensor, activation: str) -> None:
+def check_packed_glu(op: str, gate_up: torch.Tensor, activation: str | Activation) -> None:
     _check_activation(op, activation, gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"{op}: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}")
 
 
-def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+def glu(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
     """act(gate) * up, computed in float32 and rounded once; the backward recomputes the activation.
 
     Args:
         gate: [..., I], floating point. Rows one stride apart (halves of a packed tensor) are not copied.
         up: [..., I], floating point.
-        activation: "silu" (SwiGLU), "gelu" (with erf; GEGLU), "gelu_tanh" or "relu" (ReGLU).
+        activation: "silu" (SwiGLU), "gelu" (with erf; GEGLU), "gelu_tanh", "relu" (ReGLU) or "relu2" (its square); or
+            one that `ligerfx.generated_glu` has written a kernel for.
 
     Returns:
         [..., I], contiguous, in the promoted dtype of gate and up.
@@ -269,14 +258,25 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
         TypeError: if an input is not floating point.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import glu
+        >>> gate, up = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
+        >>> y = glu(gate, up)
+        >>> torch.allclose(y, torch.nn.functional.silu(gate) * up)
+        True
+        >>> y.sum().backward()
+        >>> gate.grad.shape
+        torch.Size([2, 5, 8])
     """
     if not use_triton(gate, up):
         return glu_reference(gate, up, activation)
     check_glu("glu", gate, up, activation)
-    return _GLU.apply(gate, up, activation)
+    return _GLU.apply(gate, up, key_of(activation))
 
 
-def packed_glu(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+def packed_glu(gate_up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
     """`glu` of the two halves of the last dim: act(gate_up[..., :I]) * gate_up[..., I:].
 
     Args:
@@ -291,8 +291,16 @@ def packed_glu(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
         TypeError: if gate_up is not floating point.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import packed_glu
+        >>> gate_up = torch.randn(2, 5, 16)
+        >>> gate, up = gate_up.chunk(2, dim=-1)
+        >>> torch.allclose(packed_glu(gate_up, "gelu"), torch.nn.functional.gelu(gate) * up)
+        True
     """
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
     check_packed_glu("packed_glu", gate_up, activation)
-    return _GLU.apply(gate_up, None, activation)
+    return _GLU.apply(gate_up, None, key_of(activation))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ._activations import Activation, key_of
 from ._linear import check_linear, is_plain_linear, no_autocast
 from ._runtime import autocast_dtype, use_triton
 from .gated import (
@@ -26,9 +27,19 @@ def glu_linear_reference(
     up: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
 ) -> torch.Tensor:
-    """Plain PyTorch `glu_linear`."""
+    """Plain PyTorch `glu_linear`.
+
+    Arguments, results and errors are those of `glu_linear`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import glu_linear_reference
+        >>> gate, up, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 3.0]]), torch.ones(1, 2)
+        >>> glu_linear_reference(gate, up, weight, activation="relu")
+        tensor([[9.]])
+    """
     _check(gate, up, weight, bias, activation)
     return F.linear(gated(gate, up, activation), weight, bias)
 
@@ -37,9 +48,18 @@ def packed_glu_linear_reference(
     gate_up: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
 ) -> torch.Tensor:
-    """Plain PyTorch `packed_glu_linear`."""
+    """Plain PyTorch `packed_glu_linear`.
+
+    Arguments, results and errors are those of `packed_glu_linear`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import packed_glu_linear_reference
+        >>> packed_glu_linear_reference(torch.tensor([[1.0, 2.0, 3.0, 3.0]]), torch.ones(1, 2), activation="relu")
+        tensor([[9.]])
+    """
     _check_packed(gate_up, weight, bias, activation)
     return F.linear(gated(*gate_up.chunk(2, dim=-1), activation), weight, bias)
 
@@ -100,7 +120,7 @@ def glu_linear(
     up: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
     *,
     recompute: bool = True,
 ) -> torch.Tensor:
@@ -124,6 +144,14 @@ def glu_linear(
         TypeError: if gate or up is not floating point, or weight or bias is of an integer dtype.
 
     Under autocast, and where dtypes differ, this is `glu` and then the eager layer.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import glu_linear
+        >>> gate, up, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.randn(4, 8)
+        >>> y = glu_linear(gate, up, weight)
+        >>> torch.allclose(y, (torch.nn.functional.silu(gate) * up) @ weight.T, atol=1e-5)
+        True
     """
     if not use_triton(gate, up, weight, bias):
         return glu_linear_reference(gate, up, weight, bias, activation)
@@ -131,14 +159,14 @@ def glu_linear(
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     if autocast_dtype(gate.device.type) is not None or not is_plain_linear(dtype, weight, bias):
         return _unfused(gate, up, weight, bias, activation)
-    return _GLULinear.apply(gate, up, weight, bias, activation, recompute)
+    return _GLULinear.apply(gate, up, weight, bias, key_of(activation), recompute)
 
 
 def packed_glu_linear(
     gate_up: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
     *,
     recompute: bool = True,
 ) -> torch.Tensor:
@@ -154,10 +182,17 @@ def packed_glu_linear(
     Raises:
         ValueError: for an unknown activation, a last dim of odd size, or a weight or bias that does not fit.
         TypeError: if gate_up is not floating point, or weight or bias is of an integer dtype.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import packed_glu_linear
+        >>> gate_up, weight, bias = torch.randn(2, 5, 16), torch.randn(4, 8), torch.zeros(4)
+        >>> packed_glu_linear(gate_up, weight, bias, "gelu_tanh").shape
+        torch.Size([2, 5, 4])
     """
     if not use_triton(gate_up, weight, bias):
         return packed_glu_linear_reference(gate_up, weight, bias, activation)
     _check_packed(gate_up, weight, bias, activation)
     if autocast_dtype(gate_up.device.type) is not None or not is_plain_linear(gate_up.dtype, weight, bias):
         return _unfused(gate_up, None, weight, bias, activation)
-    return _GLULinear.apply(gate_up, None, weight, bias, activation, recompute)
+    return _GLULinear.apply(gate_up, None, weight, bias, key_of(activation), recompute)

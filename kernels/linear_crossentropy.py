@@ -43,7 +43,17 @@ def linear_cross_entropy_reference(
     accumulate_in: torch.dtype | None = torch.float32,
     rows: CountedRows | None = None,
 ) -> torch.Tensor:
-    """Plain PyTorch `linear_cross_entropy`; holds all logits, whatever the budget, and ignores `rows`."""
+    """Plain PyTorch `linear_cross_entropy`; holds all logits, whatever the budget, and ignores `rows`.
+
+    Arguments, results and errors are those of `linear_cross_entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import linear_cross_entropy_reference
+        >>> x, weight, target = torch.randn(4, 8), torch.zeros(16, 8), torch.tensor([1, 5, 0, -100])
+        >>> linear_cross_entropy_reference(x, weight, target)  # log 16
+        tensor(2.7726)
+    """
     check_loss_options("linear_cross_entropy", target, reduction, label_smoothing, softcap)
     _check(x, weight, target, bias, ignore_index, logits_budget, accumulate_in, rows)
     return cross_entropy_reference(
@@ -398,6 +408,19 @@ def linear_cross_entropy(
     are computed and get zero gradients.) Targets out of range behave as in `cross_entropy`.
 
     Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, arXiv:2410.10989.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import linear_cross_entropy
+        >>> x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+        >>> target = torch.randint(100, (2, 5))
+        >>> loss = linear_cross_entropy(x, weight, target)
+        >>> expected = torch.nn.functional.cross_entropy((x @ weight.T).flatten(0, 1), target.flatten())
+        >>> torch.allclose(loss, expected)
+        True
+        >>> loss.backward()
+        >>> x.grad.shape, weight.grad.shape
+        (torch.Size([2, 5, 8]), torch.Size([100, 8]))
     """
     check_loss_options("linear_cross_entropy", target, reduction, label_smoothing, softcap)
     _check(x, weight, target, bias, ignore_index, logits_budget, accumulate_in, rows)

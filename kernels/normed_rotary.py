@@ -39,7 +39,19 @@ def norm_rope_reference(
     offset: float = 0.0,
     cast: str = "before_weight",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch `norm_rope`."""
+    """Plain PyTorch `norm_rope`.
+
+    Arguments, results and errors are those of `norm_rope`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import norm_rope_reference
+        >>> q, k, weight = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.ones(16)
+        >>> cos, sin = torch.ones(1, 1, 5, 16), torch.zeros(1, 1, 5, 16)  # no rotation
+        >>> q, k = norm_rope_reference(q, k, weight, weight, cos, sin)
+        >>> torch.allclose(q.square().mean(-1), torch.ones(2, 4, 5), rtol=1e-3)
+        True
+    """
     _check(q, k, q_weight, k_weight, cos, sin, cast)
     q, k = (
         rms_norm_reference(x, weight, eps, offset=offset, cast=cast) for x, weight in ((q, q_weight), (k, k_weight))
@@ -489,6 +501,16 @@ def norm_rope(
         TypeError: if an input is not floating point.
 
     Source: Yang et al., "Qwen3 Technical Report", 2025, arXiv:2505.09388, section 2 (QK-Norm).
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import norm_rope
+        >>> q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)  # 4 and 2 heads, 5 tokens
+        >>> q_weight, k_weight = torch.ones(16), torch.ones(16)
+        >>> angles = torch.randn(1, 1, 5, 8).repeat(1, 1, 1, 2)
+        >>> q, k = norm_rope(q, k, q_weight, k_weight, angles.cos(), angles.sin())
+        >>> q.shape, k.shape
+        (torch.Size([2, 4, 5, 16]), torch.Size([2, 2, 5, 16]))
     """
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, q_weight, k_weight, cos, sin):

@@ -15,7 +15,17 @@ from ._runtime import is_dense_with_rows, jit, launch_device, tl, triton, use_tr
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, offset: float = 0.0, cast: str = "before_weight"
 ) -> torch.Tensor:
-    """Plain PyTorch `rms_norm`, in the order of operations of the Hugging Face models."""
+    """Plain PyTorch `rms_norm`, in the order of operations of the Hugging Face models.
+
+    Arguments, results and errors are those of `rms_norm`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rms_norm_reference
+        >>> x, weight = torch.tensor([[3.0, -4.0], [0.0, 2.0]]), torch.ones(2)
+        >>> rms_norm_reference(x, weight, eps=0.0).square().mean(-1)  # every row has a mean square of 1
+        tensor([1., 1.])
+    """
     check_rms_norm("rms_norm", x, weight, cast)
     return _normed(x, weight, eps, offset, cast)
 
@@ -38,7 +48,17 @@ def add_rms_norm_reference(
     offset: float = 0.0,
     cast: str = "before_weight",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch `add_rms_norm`."""
+    """Plain PyTorch `add_rms_norm`.
+
+    Arguments, results and errors are those of `add_rms_norm`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import add_rms_norm_reference
+        >>> y, h = add_rms_norm_reference(torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), eps=0.0)
+        >>> h[0], y[0]
+        (tensor([2., 2., 2., 2.]), tensor([1., 1., 1., 1.]))
+    """
     check_rms_norm("add_rms_norm", x, weight, cast, residual)
     return added_norm(x, residual, weight, eps, offset, cast)
 
@@ -470,6 +490,16 @@ def rms_norm(
         TypeError: if x or weight is not floating point.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rms_norm
+        >>> x, weight = torch.tensor([[3.0, -4.0]], requires_grad=True), torch.tensor([2.0, 2.0])
+        >>> y = rms_norm(x, weight, eps=0.0)  # the mean square is 12.5
+        >>> y
+        tensor([[ 1.6971, -2.2627]], grad_fn=...)
+        >>> torch.equal(rms_norm(x, weight - 1, eps=0.0, offset=1.0), y)
+        True
     """
     if not use_triton(x, weight):
         return rms_norm_reference(x, weight, eps, offset=offset, cast=cast)
@@ -504,6 +534,14 @@ def add_rms_norm(
     Raises:
         ValueError: for another `cast`, or other shapes than those above.
         TypeError: if an input is not floating point.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import add_rms_norm
+        >>> x, residual, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(8)
+        >>> y, h = add_rms_norm(x, residual, weight)
+        >>> torch.equal(h, x + residual), y.shape
+        (True, torch.Size([2, 5, 8]))
     """
     if not use_triton(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps, offset=offset, cast=cast)

@@ -29,7 +29,18 @@ def rms_norm_linear_reference(
     offset: float = 0.0,
     cast: str = "before_weight",
 ) -> tuple[torch.Tensor, ...]:
-    """Plain PyTorch `rms_norm_linear`."""
+    """Plain PyTorch `rms_norm_linear`.
+
+    Arguments, results and errors are those of `rms_norm_linear`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rms_norm_linear_reference
+        >>> x, norm_weight, weights = torch.randn(2, 5, 8), torch.ones(8), [torch.randn(16, 8), torch.randn(4, 8)]
+        >>> q, k, h = rms_norm_linear_reference(x, norm_weight, weights)
+        >>> q.shape, k.shape, h.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5, 4]), torch.Size([2, 5, 8]))
+    """
     biases = _check(x, norm_weight, weights, biases, residual, cast)
     y, h = rmsnorm.added_norm(x, residual, norm_weight, eps, offset, cast)
     return *map(F.linear, itertools.repeat(y), weights, biases), h
@@ -146,6 +157,15 @@ def rms_norm_linear(
 
     Under autocast, and where dtypes differ or x or the residual is not contiguous, this is `add_rms_norm` and
     then the eager operations.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rms_norm_linear
+        >>> x, residual, norm_weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(8)
+        >>> gate, up = torch.randn(24, 8), torch.randn(24, 8)
+        >>> g, u, h = rms_norm_linear(x, norm_weight, [gate, up], residual=residual)
+        >>> g.shape, u.shape, torch.equal(h, x + residual)
+        (torch.Size([2, 5, 24]), torch.Size([2, 5, 24]), True)
     """
     if not use_triton(x, residual, norm_weight, *weights, *(biases or ())):
         return rms_norm_linear_reference(

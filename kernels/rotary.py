@@ -21,7 +21,18 @@ def rope_reference(
     pairs: str = "halves",
     half_tables: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch `rope`, in the order of operations of the Hugging Face models."""
+    """Plain PyTorch `rope`, in the order of operations of the Hugging Face models.
+
+    Arguments, results and errors are those of `rope`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rope_reference
+        >>> q = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)  # a head of one pair, turned by a right angle
+        >>> cos, sin = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
+        >>> rope_reference(q, q, cos, sin)[0].flatten()
+        tensor([-2.,  1.])
+    """
     check_rope("rope", q, k, cos, sin, pairs, half_tables)
     rotated = cos.shape[-1] * (2 if half_tables else 1)
 
@@ -430,6 +441,19 @@ def rope(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021,
     arXiv:2104.09864.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rope
+        >>> q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)  # 4 and 2 heads, 5 tokens
+        >>> angles = torch.arange(5.0)[:, None] / 10000 ** (torch.arange(8) / 8)  # [5, 8]
+        >>> tables = torch.cat([angles, angles], -1)[None, None]
+        >>> q_rotated, k_rotated = rope(q, k, tables.cos(), tables.sin())
+        >>> torch.allclose(q_rotated.norm(dim=-1), q.norm(dim=-1))  # a rotation
+        True
+        >>> halves = angles[None, None]  # one value for each pair
+        >>> torch.allclose(rope(q, k, halves.cos(), halves.sin(), half_tables=True)[0], q_rotated)
+        True
     """
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, cos, sin):

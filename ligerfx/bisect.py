@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import OptimizeError
@@ -60,7 +61,7 @@ def bisect(
             be like `example_inputs`: others run as in the original.
         example_inputs: as for `optimize`.
         rtol, atol: a number is right if it differs from the original's by at most `atol + rtol * abs(original's)`.
-        options: further options of `optimize`, such as `patterns`.
+        **options: further options of `optimize`, such as `patterns`.
 
     Returns:
         The rewrite and the numbers, or None where the number is right with all of them.
@@ -68,7 +69,7 @@ def bisect(
     Raises:
         OptimizeError: as `optimize`; or `check` does not give one number.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> def wrong(x):
         ...     return torch.tanh(x) * 1.01
@@ -82,7 +83,7 @@ def bisect(
     def number(m: nn.Module) -> float:
         value = check(m)
         try:
-            return float(value)
+            return float(value.detach() if isinstance(value, torch.Tensor) else value)
         except (TypeError, ValueError) as error:
             raise OptimizeError(f"check must give one number, not {value!r}") from error
 

@@ -316,7 +316,7 @@ _pointwise("sqrt")(lambda a: power(a, sympy.Float(0.5)))
 _pointwise("rsqrt")(lambda a: power(a, sympy.Float(-0.5)))
 _pointwise("reciprocal")(lambda a: power(a, sympy.Integer(-1)))
 _pointwise("exp")(lambda a: sympy.exp(normal(a)))
-_pointwise("tanh")(lambda a: sympy.tanh(normal(a)))
+_pointwise("tanh")(lambda a: 2 / (1 + sympy.exp(normal(-2 * a))) - 1)  # also of a sigmoid
 _pointwise("erf", "special_erf")(lambda a: sympy.erf(normal(a)))
 _pointwise("special_ndtr")(lambda a: (1 + sympy.erf(normal(a * number(math.sqrt(0.5))))) * number(0.5))
 _pointwise("cos")(sympy.cos)
@@ -332,7 +332,7 @@ def _gelu(c: Canonicalizer, node: Node, x: Node, approximate: str = "none") -> s
     if approximate == "none":
         return a * (1 + sympy.erf(a * number(math.sqrt(0.5)))) * number(0.5)
     inner = normal(number(math.sqrt(2 / math.pi)) * (a + number(0.044715) * a**3))
-    return a * (1 + sympy.tanh(inner)) * number(0.5)
+    return a / (1 + sympy.exp(normal(-2 * inner)))
 
 
 @_rule("to", "float", "half", "bfloat16", "double", "type", "type_as")

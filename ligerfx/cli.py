@@ -53,6 +53,9 @@ def inspect(
     from .explain import explain
     from .optimize import optimize
 
+    for path in (html, as_json):
+        if path is not None and not path.parent.is_dir():
+            raise LigerfxError(f"cannot write {path}: there is no folder {path.parent}")
     start = time.perf_counter()
     config = load_config(model, layers)
     built = build(config, dtype, "meta")
@@ -151,6 +154,8 @@ def load_config(name: str, layers: int | None = None) -> Any:
             config = AutoConfig.from_pretrained(file)
         elif name in CONFIG_MAPPING:
             config = AutoConfig.for_model(name)
+        elif name.endswith(".json") or name.startswith(("/", ".", "~")):
+            raise LigerfxError(f"there is no file or folder {name!r}: pass a config.json, or the folder that holds one")
         elif "/" not in name:
             near = difflib.get_close_matches(name, CONFIG_MAPPING, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
@@ -222,7 +227,7 @@ def estimate_table(cost: Any, batch: int, sequence: int, dtype: str) -> Table:
 
 
 def _gib(number: int) -> str:
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ compiled model, they can go on being deferred: an operator that looks like the p
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 import weakref
 from typing import Any
@@ -16,9 +17,9 @@ from unittest import mock
 
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from .clone import clone_tree
 from .deferred import compute_logits, deferred
 from .kernels._operators import operator
 
@@ -64,12 +65,28 @@ def learn() -> None:
         return
     _learnt.add(compiled)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    call = compiled.f_locals["args"], compiled.f_locals["kwargs"]
     # The flag says to everybody in the process that a compiler is at work, whatever Python code asks.
     eager = mock.patch.object(torch.compiler, "_is_compiling_flag", False)
-    with contextlib.suppress(Exception), eager, fakes, torch.compiler.set_stance("force_eager"):
-        args, kwargs = tree_map_only(torch.Tensor, fakes.from_tensor, call)
-        type(model).forward(model, *args, **kwargs)
+    with contextlib.suppress(Exception), eager, torch.compiler.set_stance("force_eager"):
+        with FakeCopyMode(fakes):  # a cache, say, which the call writes to
+            args, kwargs = copy.deepcopy((compiled.f_locals["args"], compiled.f_locals["kwargs"]))
+        rehearsal = _without_state(model, fakes)
+        with fakes:
+            type(model).forward(rehearsal, *args, **kwargs)
+
+
+def _without_state(model: Any, fakes: FakeTensorMode) -> Any:
+    """A shallow copy that a forward may change, tensors and all. What its modules learn, those of the model know."""
+    copies: dict[int, Any] = {}
+    rehearsal = clone_tree(model, type, copies)
+    for module in copies.values():
+        for table in (module.__dict__, module._buffers):
+            for name, value in table.items():
+                if isinstance(value, torch.Tensor):
+                    table[name] = fakes.from_tensor(value)
+                elif type(value) in (list, dict, set) and not name.startswith("_"):
+                    table[name] = value.copy()
+    return rehearsal
 
 
 @torch.compiler.assume_constant_result

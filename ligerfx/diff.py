@@ -40,6 +40,9 @@ def diff(model: nn.Module, module: str | None = None, *, context: int = 3) -> Di
         module: path of one module in it; None shows all whose code was changed.
         context: how many unchanged lines are shown around a change.
 
+    Returns:
+        The diff: prints as text, and shows in colours in a notebook.
+
     Raises:
         LigerfxError: the model, or the module, has no captured code.
 

@@ -83,6 +83,9 @@ def draw(model: nn.Module, module: str = "") -> Drawing:
         model: what `optimize` returned, or any `torch.fx.GraphModule`.
         module: path of a module in it; "" is the model itself.
 
+    Returns:
+        The drawing: shows in a notebook; `svg` is its text, and `to_svg(path)` writes it.
+
     Raises:
         LigerfxError: the module has no graph.
 

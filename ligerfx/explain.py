@@ -15,12 +15,11 @@ from torch import nn
 
 from .advice import advice, opaque_advice
 from .errors import LigerfxError
-from .matcher import _View
 from .module import OptimizedModule
 from .optimize import optimize
 from .pattern import Pattern
 from .program_code import Code
-from .recognition import PatternLine, closest, pattern_lines
+from .recognition import PatternLine, closest, lines_of
 from .report import Miss, Report, Rewrite, folded_paths
 
 
@@ -101,7 +100,11 @@ def explain(model: nn.Module, module: str = "", example_inputs: Any = None, **op
     Args:
         model: what `optimize` returned; or any model, which is then optimised here, without being changed.
         module: path of a module in it, as "model.layers.0.mlp"; "" is the model itself.
-        example_inputs, options: as for `optimize`, for a model that has not been optimised.
+        example_inputs: one call of it, as for `optimize`; for a model that has not been optimised.
+        **options: the other arguments of `optimize`, for such a model.
+
+    Returns:
+        The explanation: prints as text, shows as a page in a notebook, and has its parts as attributes.
 
     Raises:
         LigerfxError: there is no such module, or `model` is a part of an optimised model.
@@ -157,14 +160,14 @@ def _missed(report: Report, module: str) -> Iterator[Missed]:
         by_module.setdefault(miss.module, []).append(miss)
     for path, misses in by_module.items():
         code = report._code[path]
-        view = _View(code.graph)
-        for miss, near in zip(misses, code.near_misses, strict=True):
+        found = lines_of(code.near_misses, code.graph)
+        for miss, near, lines in zip(misses, code.near_misses, found, strict=True):
             scope = ".".join(p for p in (path, near.node.meta.get("scope", "") if near else "") if p)
             within = module == "" or any(p == module or p.startswith(module + ".") for p in (path, scope))
             key = miss.pattern, miss.source, miss.reason
             if within and key not in told:
                 told.add(key)
-                yield Missed(miss, pattern_lines(near, view) if near else [], advice(miss))
+                yield Missed(miss, lines, advice(miss))
 
 
 def _notes(report: Report, module: nn.Module, path: str, code: Code | None, found: bool, nearest: bool) -> list[str]:

@@ -3,6 +3,7 @@ the activation and its derivative."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from sympy.printing.pycode import PythonCodePrinter
 
 from .canonical import Canonicalizer, Terms
 from .errors import PatternError
-from .pattern import Pattern, pattern
+from .pattern import Pattern
 from .source import describe_error
 from .tracer import Tracer
 
@@ -27,6 +28,30 @@ class sigmoid(sympy.Function):  # noqa: N801
         return self * (1 - self)
 
 
+class softplus(sympy.Function):  # noqa: N801
+    """log(1 + exp(x)) under its own name, which overflows nowhere."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sigmoid(self.args[0])
+
+
+class log1p(sympy.Function):  # noqa: N801
+    """log(1 + x) under its own name, which is exact for small x, too."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return 1 / (1 + self.args[0])
+
+
+_ELEMENTWISE = {
+    "log": sympy.log,
+    "log1p": log1p,
+    "softplus": softplus,
+    "log_sigmoid": lambda a: -softplus(-a),
+    "mish": lambda a: a * sympy.tanh(softplus(a)),
+}
+"""Of what is no arithmetic to the matcher: what it computes of one tensor."""
+
+
 class _Printer(PythonCodePrinter):
     """Expressions as Triton code."""
 
@@ -35,22 +60,24 @@ class _Printer(PythonCodePrinter):
         name = type(expr).__name__
         if name == "sigmoid":
             return f"(1.0 / (1.0 + tl.exp(-({argument}))))"
+        if name == "softplus":
+            return f"({_positive(argument)} + log1p(tl.exp(-tl.abs({argument}))))"
         if name == "Heaviside":
             return f"tl.where({argument} > 0, 1.0, 0.0)"
-        if name == "tanh":
-            return f"tanh({argument})"
-        if name in ("exp", "erf", "cos", "sin"):
+        if name in ("tanh", "log1p"):
+            return f"{name}({argument})"
+        if name in ("exp", "log", "erf", "cos", "sin"):
             return f"tl.{name}({argument})"
         raise PatternError(f"{name} has no Triton code")
 
-    _print_exp = _print_erf = _print_cos = _print_sin = _print_tanh = _print_Heaviside = _print_Function
+    _print_exp = _print_log = _print_log1p = _print_erf = _print_tanh = _print_Function
+    _print_cos = _print_sin = _print_Heaviside = _print_Function
 
     def _print_Max(self, expr: sympy.Expr) -> str:
         zero, other = sorted(expr.args, key=lambda a: not a.is_zero)
         if len(expr.args) != 2 or not zero.is_zero:
             raise PatternError(f"{expr} has no Triton code")
-        argument = self._print(other)
-        return f"tl.where({argument} <= 0, 0.0, {argument})"  # NaN passes, as it does in torch
+        return _positive(self._print(other))
 
     def _print_Pow(self, expr: sympy.Expr, **_: Any) -> str:
         base, exponent = self._print(expr.base), float(expr.exp)
@@ -73,6 +100,10 @@ class _Printer(PythonCodePrinter):
     _print_Half = _print_Pi = _print_Rational
 
 
+def _positive(argument: str) -> str:
+    return f"tl.where({argument} <= 0, 0.0, {argument})"  # NaN passes, as it does in torch
+
+
 def expression_of(activation: Callable[[torch.Tensor], torch.Tensor], name: str) -> sympy.Expr:
     """What an elementwise function computes, over the symbol x.
 
@@ -86,15 +117,49 @@ def expression_of(activation: Callable[[torch.Tensor], torch.Tensor], name: str)
     terms = Terms()
     canonical = Canonicalizer(terms, {n: _X for n in graph.nodes if n.op == "placeholder"}, rounding=False)
     (result,) = next(n for n in reversed(graph.nodes) if n.op == "output").args
-    value = canonical.value(result)
-    if unknown := [terms.terms[s].op for s in value.free_symbols if s in terms.terms]:
-        raise PatternError(f"{name}: no kernel can be written for {', '.join(sorted(unknown))}")
+    value = _resolved(canonical.value(result), terms, name)
 
     def named(power: sympy.Expr) -> sympy.Expr:
         exponential = power.base - 1
         return sigmoid(-exponential.args[0]) ** -power.exp if isinstance(exponential, sympy.exp) else power
 
+    def named_log(log: sympy.Expr) -> sympy.Expr:
+        inner = log.args[0] - 1
+        return softplus(inner.args[0]) if isinstance(inner, sympy.exp) else log1p(inner) if log.args[0].is_Add else log
+
+    value = value.replace(sympy.log, lambda a: named_log(sympy.log(a, evaluate=False)))
+    value = value.replace(log1p, lambda a: softplus(a.args[0]) if isinstance(a, sympy.exp) else log1p(a))
     return value.replace(lambda e: e.is_Pow and e.exp.is_negative and e.base.is_Add, named)
+
+
+def _resolved(value: sympy.Expr, terms: Terms, name: str) -> sympy.Expr:
+    """The value with the functions that its terms stand for."""
+    known = {}
+    for symbol in value.free_symbols & terms.terms.keys():
+        term = terms.terms[symbol]
+        args, kwargs = term.attrs if len(term.attrs) == 2 else (None, ())
+        if term.op not in _ELEMENTWISE or args != (("operand", 1),) or any(option for _, option in kwargs):
+            raise PatternError(f"{name}: no kernel can be written for {term.op}")
+        known[symbol] = _ELEMENTWISE[term.op](_resolved(term.args[0], terms, name))
+    return value.xreplace(known)
+
+
+def in_sigmoids(value: sympy.Expr) -> sympy.Expr:
+    """The value with sigmoids for exponentials: a rational function of exp(a), which may be infinite over infinite
+    far out, is one of sigmoid(a), which is between 0 and 1."""
+    value = sympy.nsimplify(value, rational=True)
+    names: dict[sympy.Symbol, sympy.Expr] = {}
+    left = sorted(value.atoms(sympy.exp), key=sympy.default_sort_key)
+    while left:
+        first = left[0].args[0]
+        ratios = {e: sympy.cancel(e.args[0] / first) for e in left}
+        ratios = {e: ratio for e, ratio in ratios.items() if ratio.is_Rational}
+        unit = sympy.Rational(math.gcd(*(r.p for r in ratios.values())), math.lcm(*(r.q for r in ratios.values())))
+        share = sympy.Dummy()
+        names[share] = sigmoid(unit * first)
+        value = value.xreplace({e: (share / (1 - share)) ** (ratio / unit) for e, ratio in ratios.items()})
+        left = [e for e in left if e not in ratios]
+    return sympy.cancel(value).xreplace(names)
 
 
 def source_of(value: sympy.Expr) -> str:
@@ -106,57 +171,77 @@ def source_of(value: sympy.Expr) -> str:
     return f"def activate(x):\n{''.join(lines)}    return {printer.doprint(value)}, {printer.doprint(slope)}\n"
 
 
-def generated_glu(activation: Callable[[torch.Tensor], torch.Tensor], name: str | None = None) -> Pattern:
-    """A pattern for `activation(gate) * up`, with a Triton kernel written from the activation.
+def generated_glu(
+    activation: Callable[[torch.Tensor], torch.Tensor], name: str | None = None, *, low_memory: bool = False
+) -> list[Pattern]:
+    """Patterns for `activation(gate) * up`, with Triton kernels written from the activation.
 
-    As the kernels of the library do, it keeps gate and up for the backward, which computes the activation again, and
-    computes in float32. Where a pattern of the library fits, that one is taken (`benefit` is -1). On CPU tensors the
+    The unit is found by itself and with the down projection, with gate and up from two layers or packed in one. As
+    the kernels of the library do, these keep gate and up for the backward, which computes the activation again, and
+    compute in float32. Where a pattern of the library fits, that one is taken (`benefit` is -1). On CPU tensors the
     activation itself runs, unless Triton's interpreter is on.
 
     Args:
-        activation: a function of one tensor, element by element, of arithmetic, `exp`, `tanh`, `erf`, `sigmoid`,
-            `silu`, `gelu`, `relu`, `sin`, `cos`, `square`, `sqrt`.
-        name: what the pattern is called: `{name}_glu`. Default: the function's name.
+        activation: a function of one tensor, element by element, of arithmetic, `exp`, `log`, `log1p`, `tanh`, `erf`,
+            `sigmoid`, `silu`, `gelu`, `relu`, `softplus`, `mish`, `logsigmoid`, `sin`, `cos`, `square`, `sqrt`.
+        name: what the patterns are called: `{name}_glu`, `packed_{name}_glu`, `{name}_glu_linear`,
+            `packed_{name}_glu_linear`. Default: the function's name.
+        low_memory: whether the kernel with the down projection writes activation(gate) * up again in the backward
+            instead of keeping it.
 
     Returns:
-        A pattern with the parameters gate and up, both [..., I] and floating point, for `optimize(patterns=...)` or
-        `register`.
+        Patterns with the parameters gate and up, both [..., I], or gate_up [..., 2 I], the gate first, and, with the
+        down projection, weight [H, I] and bias [H] or None; all floating point. For `optimize(patterns=...)`, or
+        `register(*...)`.
 
     Raises:
         PatternError: something else is computed, or the value or the derivative that was derived is not what torch
             computes, on 4001 numbers from -100 to 100.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> snake = ligerfx.generated_glu(lambda x: x + torch.sin(x) ** 2, "snake")
         >>> class Gated(torch.nn.Module):
         ...     def forward(self, gate, up):
         ...         return up * (gate + gate.sin().square())
         >>> inputs = torch.ones(2, 3, 8), torch.ones(2, 3, 8)
-        >>> ligerfx.optimize(Gated(), inputs, patterns=[snake]).report.idioms
+        >>> ligerfx.optimize(Gated(), inputs, patterns=snake).report.idioms
         {'glu': 1}
     """
     name = name or getattr(activation, "__name__", type(activation).__name__).strip("<>")
-    source = source_of(expression_of(activation, name))
-    check_source(activation, source, name)
-    from .kernels.generated import GeneratedGLU  # which imports Triton
+    from .kernels._activations import Activation  # imports Triton, which `import ligerfx` must not
+    from .patterns import glu
 
-    kernel = GeneratedGLU(source)
-
-    def glu(gate: "... I", up: "... I"):  # noqa: F722
-        return activation(gate) * up
-
-    def generated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return kernel(gate, up) if kernel.takes(gate, up) else activation(gate) * up
-
-    glu.__name__ = generated.__name__ = f"{name}_glu"
-    return pattern(replace=generated, idioms=["glu"], benefit=-1)(glu)
+    return glu.patterns_of(Activation(name, activation, checked_source(activation, name)), low_memory)
 
 
-def check_source(activation: Callable, source: str, name: str) -> None:
-    """Raises PatternError where what the source computes in float32 is not what torch gives in float64."""
-    names = ("exp", "erf", "cos", "sin", "sqrt", "where")
-    namespace = {"tl": SimpleNamespace(**{n: getattr(torch, n) for n in names}), "tanh": torch.tanh}
+def checked_source(activation: Callable[[torch.Tensor], torch.Tensor], name: str) -> str:
+    """The source of an activation and its derivative, in the first form that computes what torch does."""
+    value = expression_of(activation, name)
+    forms = [lambda: value]
+    if value.has(sympy.exp, sigmoid):
+        forms.append(lambda: in_sigmoids(value.replace(sigmoid, lambda a: 1 / (1 + sympy.exp(-a)))))
+    problems = []
+    for form in forms:
+        try:
+            source = source_of(form())
+            problem = difference_from(activation, source)
+        except PatternError as error:
+            problem = str(error)
+        if problem is None:
+            return source
+        problems.append(problem)
+    raise PatternError(f"{name}: {problems[0]}")
+
+
+def difference_from(activation: Callable[[torch.Tensor], torch.Tensor], source: str) -> str | None:
+    """Where what the source computes in float32 is not what torch gives in float64; None if nowhere."""
+    names = ("exp", "log", "erf", "cos", "sin", "sqrt", "abs", "where")
+    namespace = {
+        "tl": SimpleNamespace(**{n: getattr(torch, n) for n in names}),
+        "tanh": torch.tanh,
+        "log1p": torch.log1p,
+    }
     exec(source, namespace)
     x = torch.linspace(-100, 100, 4001)
     wide = x.double().requires_grad_()
@@ -170,7 +255,8 @@ def check_source(activation: Callable, source: str, name: str) -> None:
         wrong = ~((found - expected).abs() <= 1e-5 * expected.abs().clamp(min=1)) & representable
         if wrong.any():
             at = int(wrong.nonzero()[0])
-            raise PatternError(
-                f"{name}: the {what} that was derived is {found[at]:.6g} at {x[at]:g}, and torch gives "
-                f"{expected[at]:.6g}: no kernel can be written for this form of it"
+            return (
+                f"the {what} that was derived is {found[at]:.6g} at {x[at]:g}, and torch gives {expected[at]:.6g}: no "
+                "kernel can be written for this form of it"
             )
+    return None

@@ -17,8 +17,7 @@ from pygments.lexers import PythonLexer
 
 from .advice import advice, opaque_advice
 from .listing import Line, folded
-from .matcher import _View
-from .recognition import PatternLine, pattern_lines
+from .recognition import PatternLine, lines_of
 from .report import TITLES, verified_text
 
 if TYPE_CHECKING:
@@ -125,13 +124,7 @@ def _panel(report: Report, path: str) -> Panel | None:
     code = report._code.get(path)
     if code is None:  # a report that was pickled is without code
         return Panel(sites, [(miss, []) for miss in misses], [], [])
-    told = []
-    if misses:
-        view = _View(code.graph)
-        told = [
-            (miss, pattern_lines(near, view) if near else [])
-            for miss, near in zip(misses, code.near_misses, strict=True)
-        ]
+    told = list(zip(misses, lines_of(code.near_misses, code.graph), strict=True))
     missed = {miss.node for miss in misses}
     owner: dict[str, list[int]] = {}
     for number, site in enumerate(sites):

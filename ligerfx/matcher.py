@@ -90,7 +90,7 @@ class _Fail(Exception):
 Bindings = dict[sympy.Symbol, sympy.Expr]
 
 
-class _View:
+class View:
     """The canonical values of a graph, casts and roundings left out.
 
     With `cut`, arithmetic whose result is used more than once is taken as given: an input of the idiom may
@@ -141,8 +141,8 @@ class Matcher:
         self.fakes = fakes
         _merge_equal_views(graph)
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.view = _View(graph)
-        cut = _View(graph, cut=True)
+        self.view = View(graph)
+        cut = View(graph, cut=True)
         self.views = [self.view, cut] if cut.inner else [self.view]
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
 
@@ -154,7 +154,7 @@ class Matcher:
 
         `refuse` is asked about each before it is chosen, and may say why it must not be; then others may match there.
         """
-        misses: dict[Node, _Unifier] = {}
+        misses: dict[Node, Unifier] = {}
         refused: list[NearMiss] = []
         matches: list[Match] = []
         taken: set[Node] = set()
@@ -175,7 +175,7 @@ class Matcher:
                 return matches, refused + _best(misses, taken, self.view.values)
 
     def _candidates(
-        self, patterns: Sequence[Pattern], taken: set[Node], misses: dict[Node, _Unifier]
+        self, patterns: Sequence[Pattern], taken: set[Node], misses: dict[Node, Unifier]
     ) -> list[tuple[float, int, int, int, Match]]:
         """Matches that leave alone what is taken, each with its place in the order of preference. What lies inside
         one of them is not looked at again, unless that one is not chosen."""
@@ -195,12 +195,12 @@ class Matcher:
                     inside |= match.interior - set(match.outputs)
         return candidates
 
-    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, _Unifier]) -> Match | None:
+    def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, Unifier]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
             first = variant.search_order[0]
             if not variant.may_be(first, view.computed[root], view.terms):
                 continue
-            unifier = _Unifier(variant, view)
+            unifier = Unifier(variant, view)
             for bindings in unifier.unify(variant.outputs[first], view.computed[root], {}):
                 for match in self._prove(variant, {first: root}, bindings, unifier):
                     return match
@@ -208,9 +208,7 @@ class Matcher:
                 misses[root] = unifier
         return None
 
-    def _prove(
-        self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: _Unifier
-    ) -> Iterator[Match]:
+    def _prove(self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: Unifier) -> Iterator[Match]:
         """The usable matches that follow from a proposal: further outputs located, inputs chosen among nodes of
         equal value, each choice proved. `roots` holds the nodes of the outputs found so far."""
         cone = self._cone(roots.values())
@@ -343,7 +341,7 @@ class Matcher:
             pending += node.meta.get("parameters", {}).values()
         return seen
 
-    def _is_obstructed(self, match: Match, unifier: _Unifier, share: float) -> bool:
+    def _is_obstructed(self, match: Match, unifier: Unifier, share: float) -> bool:
         """Whether the match cannot be rewritten; the unifier is told why, for a match that came so far."""
         problem = self._obstacle(match)
         if problem is not None:
@@ -395,10 +393,10 @@ class Matcher:
         )
 
 
-class _Unifier:
+class Unifier:
     """Binds a pattern variant's parameters so that its canonical value becomes a given one."""
 
-    def __init__(self, variant: Variant, view: _View) -> None:
+    def __init__(self, variant: Variant, view: View) -> None:
         self.variant = variant
         self.view = view
         self.share = 0.0
@@ -630,6 +628,8 @@ def _term_text(term: Any, terms: Terms, depth: int) -> str:
     if term.op == "leaf":
         return str(term.attrs[0])
     inner = [describe(a, terms, depth - 1) for a in term.args]
+    if term.op == "linear" and len(inner[0]) > 24:  # whose weight says which it is
+        inner[0] = "..."
     attrs = [_attribute(a) for a in term.attrs]
     return f"{term.op}({', '.join(inner + attrs)})"
 
@@ -704,13 +704,13 @@ def mutates(node: Node) -> bool:
     return works_in_place(op_name(node) or "", node.kwargs)
 
 
-def _best(misses: dict[Node, _Unifier], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
+def _best(misses: dict[Node, Unifier], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
     """Near misses away from any match, one for each place: of neighbouring ones the most complete."""
     kept: list[NearMiss] = []
     covered = taken | {n for n, value in values.items() if any(values.get(t) == value for t in taken)}
     for node, miss in sorted(misses.items(), key=lambda item: -item[1].share):
         pattern = miss.variant.pattern
-        place = _neighbourhood(node, miss.size)
+        place = neighbourhood(node, miss.size)
         if place & covered:
             continue
         told = any(k.pattern is pattern and k.reason == miss.reason for k in kept)
@@ -721,7 +721,7 @@ def _best(misses: dict[Node, _Unifier], taken: set[Node], values: dict[Node, sym
     return kept
 
 
-def _neighbourhood(node: Node, reach: int) -> set[Node]:
+def neighbourhood(node: Node, reach: int) -> set[Node]:
     """The node and the operations up to `reach` steps before it, inputs and parameters left out."""
     seen: set[Node] = set()
     front = {node}

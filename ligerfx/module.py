@@ -30,6 +30,7 @@ from .guard import guard_of, size_conditions
 from .listing import Line, listing
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
+from .registry import referenced, references
 from .rewriter import rewrite
 from .shadow import exposes_parameters
 from .signature import autocast_key, call_key
@@ -74,45 +75,44 @@ class Session:
 
     patterns: list[Pattern]
     refuse: Callable[[Match], str | None] | None = None  # asked about each match; says why it must not be rewritten
+    limit: int | None = None  # how many rewrites a program has at most
     programs: dict[tuple, list[Program]] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
-    def compile(self, capture: Capture, fakes: FakeInputs, limit: int | None = None) -> Program:
-        """Matches a capture and rewrites a copy of it, in the first `limit` places. One that cannot be guarded,
-        searched or rewritten gets an error, and its module runs its original forward.
+    def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
+        """Matches a capture and rewrites a copy of it. One that cannot be guarded, searched or rewritten gets an error,
+        and its module runs its original forward.
 
         Raises:
             PatternError: one of the patterns is not usable.
         """
         try:
             if not capture.error:
-                return self._compile(capture, fakes, limit)
+                return self._compile(capture, fakes)
         except PatternError:
             raise
         except Exception as error:  # a model that runs must not fail because of a rewrite
             capture.error = describe_error(error)
         return Program(capture, lambda module, leaves: True)
 
-    def _compile(self, capture: Capture, fakes: FakeInputs, limit: int | None) -> Program:
+    def _compile(self, capture: Capture, fakes: FakeInputs) -> Program:
         found = self._match(dissolved(capture, candidates := scopes(capture)), fakes)
         chosen = straddled([match.reach for match in found[1]], candidates)
         if chosen:
             with contextlib.suppress(CaptureError):  # which says that the callers' sizes do not tell those inside
                 if len(chosen) < len(candidates):
                     found = self._match(dissolved(capture, chosen), fakes)
-                return self._rewritten(*found, chosen, limit)
+                return self._rewritten(*found, chosen)
         if candidates:
             found = self._match(dissolved(capture), fakes)
-        return self._rewritten(*found, set(), limit)
+        return self._rewritten(*found, set())
 
     def _match(self, capture: Capture, fakes: FakeInputs) -> tuple[Capture, list[Match], list[NearMiss]]:
         with fakes.shape_env.suppress_guards():  # what a pattern asks about sizes, its replacement asks again
             return capture, *Matcher(capture.graph, fakes).find(self.patterns, self.refuse)
 
-    def _rewritten(
-        self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str], limit: int | None
-    ) -> Program:
-        matches = matches[:limit]
+    def _rewritten(self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str]) -> Program:
+        matches = matches[: self.limit]
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
         conditions = size_conditions(capture, bool(chosen))
@@ -138,7 +138,7 @@ class Session:
         return program
 
     def __deepcopy__(self, memo: dict) -> Session:
-        return Session(self.patterns, self.refuse)
+        return Session(self.patterns, self.refuse, self.limit)
 
 
 class OptimizedModule(GraphModule):
@@ -218,11 +218,25 @@ class OptimizedModule(GraphModule):
         new.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_graph"})
         return new
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """What DataParallel asks of each module in each step: here one of the original class, with its forward."""
+        if "report" in self.__dict__:
+            _warn_once(
+                self,
+                f"nn.DataParallel runs the original forward of {type(self).__name__} on each GPU, without what ligerfx "
+                "rewrote. DistributedDataParallel (torchrun, accelerate launch) keeps it, or one GPU does "
+                "(CUDA_VISIBLE_DEVICES=0).",
+            )
+        replica = nn.Module._replicate_for_data_parallel(self)
+        replica.__class__ = self._original_class
+        return replica
+
     def __reduce__(self) -> tuple:
         state = {
             k: v for k, v in self.__dict__.items() if not k.startswith("_ligerfx") and k not in ("_graph", "report")
         }
-        return _rebuild, (self._original_class, state)
+        session = self._ligerfx_session
+        return _rebuild, (self._original_class, state, references(session.patterns), session.refuse is not None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return self.__reduce__()
@@ -363,12 +377,13 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
     return namespace["forward"], source.src
 
 
-def _rebuild(cls: type, state: dict[str, Any]) -> OptimizedModule:
-    """Unpickles an optimised module. It learns its programs again, with the default patterns."""
-    from .patterns import default_patterns
+def _rebuild(cls: type, state: dict[str, Any], patterns: list[tuple], verify: bool) -> OptimizedModule:
+    """Unpickles an optimised module. It learns its programs again, with the patterns that are found."""
+    from .verify import Verifier
 
     module = object.__new__(optimized_class(cls))
     module.__dict__.update(state)
     capture = Capture("", (), Graph(), error="unpickled: not captured yet")
-    install(module, Session(default_patterns()), Program(capture, lambda m, x: False))
+    session = Session(referenced(patterns), Verifier().refuse if verify else None)
+    install(module, session, Program(capture, lambda m, x: False))
     return module

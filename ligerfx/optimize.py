@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ def _limited(
             continue
         applied = 0 if path in elsewhere else min(left, len(programs[path].matches))
         if (id(sub), applied) not in made:
-            made[id(sub), applied] = session.compile(sub, tracer.fakes, applied)
+            made[id(sub), applied] = replace(session, limit=applied).compile(sub, tracer.fakes)
         limited[path] = made[id(sub), applied]
         left -= applied
     session.patterns = []

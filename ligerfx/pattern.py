@@ -215,10 +215,13 @@ def pattern(
         example: sizes of dimensions and values of constants, by name, with which the function runs and `when`
             agrees: for tracing it, and for the check when it is registered. Default: small even sizes.
 
+    Returns:
+        A decorator. The `Pattern` that it makes of a function can still be called as that function.
+
     Raises:
         PatternError: the function's signature is not that of a pattern.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> def lean(x, cap):
         ...     return torch.tanh(x / cap) * cap

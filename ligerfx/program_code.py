@@ -44,14 +44,20 @@ class Code:
 def _copied(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     """A copy whose nodes know tensors and sizes alone: a report must not keep the model alive."""
     copy, copies = Graph(), {}
-    for node in graph.nodes:
+
+    def copied(node: Node) -> Node:
         new = copies[node] = copy.node_copy(node, copies.__getitem__)
-        parameters = node.meta.get("parameters", {})
         new.meta = {key: node.meta[key] for key in ("source", "line", "scope", "pattern") if key in node.meta}
-        if parameters:
-            new.meta["parameters"] = {n: copies[p] for n, p in parameters.items() if p in copies}
         if _is_known(node.meta.get("val")):
             new.meta["val"] = node.meta["val"]
+        return new
+
+    for node in graph.nodes:
+        # Those of a layer that nothing else reads are no longer in the graph.
+        parameters = {name: copies.get(p) or copied(p) for name, p in node.meta.get("parameters", {}).items()}
+        new = copied(node)
+        if parameters:
+            new.meta["parameters"] = parameters
     return copy, copies
 
 

@@ -10,7 +10,7 @@ import sympy
 from torch.fx import Graph, Node
 
 from .listing import listing
-from .matcher import UNPROVED, NearMiss, _neighbourhood, _Unifier, _View
+from .matcher import UNPROVED, NearMiss, Unifier, View, neighbourhood
 from .pattern import Pattern, Variant
 from .source import file_name
 
@@ -24,10 +24,15 @@ class PatternLine:
     found: bool | None
 
 
-def pattern_lines(miss: NearMiss, view: _View) -> list[PatternLine]:
-    """The lines of the pattern of a near miss; `view` is that of the graph it was found in."""
+def lines_of(misses: Sequence[NearMiss | None], graph: Graph | None) -> list[list[PatternLine]]:
+    """The lines of the pattern of each near miss in a graph; none for one whose place is not there any more."""
+    view = View(graph) if any(misses) else None
+    return [_pattern_lines(miss, view) if miss else [] for miss in misses]
+
+
+def _pattern_lines(miss: NearMiss, view: View) -> list[PatternLine]:
     variant = _best_variant(miss, view)
-    found = _found(variant, view, _neighbourhood(miss.node, variant.size))
+    found = _found(variant, view, neighbourhood(miss.node, variant.size))
     if miss.share < UNPROVED and False not in found.values():
         # Each step is there, but not with one choice of inputs.
         found[[node for node, there in found.items() if there is not None][-1]] = False
@@ -40,7 +45,7 @@ def closest(
     patterns: Sequence[Pattern], graph: Graph, nodes: Collection[Node]
 ) -> list[tuple[Pattern, list[PatternLine]]]:
     """The patterns of which at least half is recognised among `nodes`, the best of each idiom, best first."""
-    view = _View(graph)
+    view = View(graph)
     best: dict[tuple[str, ...], tuple[float, Pattern, list[PatternLine]]] = {}
     for pattern in patterns:
         variant = pattern.variants[0]
@@ -53,16 +58,16 @@ def closest(
     return [(pattern, lines) for _, pattern, lines in sorted(best.values(), key=lambda b: -b[0])]
 
 
-def _best_variant(miss: NearMiss, view: _View) -> Variant:
+def _best_variant(miss: NearMiss, view: View) -> Variant:
     def count(variant: Variant) -> float:
-        found = _found(variant, view, _neighbourhood(miss.node, variant.size))
+        found = _found(variant, view, neighbourhood(miss.node, variant.size))
         told = [there for there in found.values() if there is not None]
         return sum(told) / max(len(told), 1)
 
     return max(miss.pattern.variants, key=count)
 
 
-def _found(variant: Variant, view: _View, nodes: Collection[Node]) -> dict[Node, bool | None]:
+def _found(variant: Variant, view: View, nodes: Collection[Node]) -> dict[Node, bool | None]:
     """For each step of the pattern whether one of the nodes computes such a value; None where that says nothing."""
     values = dict.fromkeys(view.computed[n] for n in nodes if n in view.computed and n.op != "get_attr")
     return {
@@ -83,9 +88,9 @@ def _is_given(value: sympy.Expr, variant: Variant) -> bool:
 _TELLING = {"mean", "linear", "cross_entropy", "sum", "cat"}
 
 
-def _unifies(variant: Variant, view: _View, want: sympy.Expr, have: sympy.Expr) -> bool:
+def _unifies(variant: Variant, view: View, want: sympy.Expr, have: sympy.Expr) -> bool:
     idle = getattr(want.func, "identity", None)  # `x + eps` is any x where eps is 0: that step would be none
-    for bindings in _Unifier(variant, view).unify(want, have, {}):
+    for bindings in Unifier(variant, view).unify(want, have, {}):
         if all(value != idle for symbol, value in bindings.items() if variant.kinds[symbol] == "constant"):
             return True
     return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -30,7 +32,7 @@ def register(*patterns: Pattern) -> RemovableHandle:
     Raises:
         PatternError: one of them is no pattern, or fails the check. None is registered then.
 
-    Example:
+    Examples:
         >>> import torch, ligerfx
         >>> def square(x):
         ...     return torch.square(x)
@@ -77,3 +79,51 @@ def patterns_for(patterns: Sequence[Pattern], defaults: bool, low_memory: bool, 
         found += [pattern for registered in _registered.values() for pattern in registered]
         found += default_patterns(low_memory)
     return list(dict.fromkeys(found))
+
+
+def references(patterns: Sequence[Pattern]) -> list[tuple]:
+    """Where each pattern is found in another process: (None, low_memory, name) in the library, (module, qualified name)
+    elsewhere. One that no module holds has a name alone, (name,)."""
+    from .patterns import default_patterns
+
+    library = {pattern: (None, low, pattern.name) for low in (True, False) for pattern in default_patterns(low)}
+    found = []
+    for pattern in patterns:
+        where = pattern.function.__module__, pattern.function.__qualname__
+        found.append(library.get(pattern) or (where if _held(*where) is pattern else (pattern.name,)))
+    return found
+
+
+def referenced(references: Sequence[tuple]) -> list[Pattern]:
+    """The patterns again, those of one's own checked. What is not found or fails the check is left out, with a warning:
+    the calls that it would match run as in the original."""
+    from .patterns import default_patterns
+
+    library = {(None, low, pattern.name): pattern for low in (True, False) for pattern in default_patterns(low)}
+    found, lost = [], {}
+    for reference in references:
+        pattern = library.get(reference) or (_held(*reference) if len(reference) == 2 else None)
+        try:
+            if not isinstance(pattern, Pattern):
+                raise PatternError("no module holds it under its name")
+            if reference not in library:
+                check_pattern(pattern)
+            found.append(pattern)
+        except PatternError as error:
+            lost[reference[-1]] = str(error)
+    if lost:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in lost.items())
+        warnings.warn(
+            f"an optimised model was loaded without some of its patterns: {reasons}. What they would match runs as in "
+            "the original: let a module hold them at its top level, or optimise the loaded model with patterns=[...]",
+            stacklevel=3,
+        )
+    return found
+
+
+def _held(module: str, name: str) -> object:
+    """What a module holds under a name; None if there is no such thing."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None

@@ -208,6 +208,8 @@ class Tracer(TorchFunctionMode):
                 state[name] = type(value)()
             elif type(value) in (list, dict, set):  # what forward puts into it (a cache, say) is not for the model
                 state[name] = value.copy()
+            elif isinstance(value, torch.Tensor):  # which forward may change in place
+                state[name] = self._fake_parameter(value)
         # transformers collects hidden states and attentions in hooks, and marks the model that has them: the shadow
         # has none.
         state.pop("_output_capturing_hooks_installed", None)
@@ -348,6 +350,8 @@ class Tracer(TorchFunctionMode):
                 for name, tensor in (*parameters_of(owner).items(), *owner._buffers.items()):
                     if tensor is real:
                         return self._attribute(frame, join(path, name), value)
+            for owner, name in self._attributes_holding(frame, real):
+                return self._attribute(frame, join(owner, name), value)
         raise CaptureError("a tensor that is neither an input nor a parameter of this module is used")
 
     def _relative(self, frame: _Frame, path: str) -> str:
@@ -434,7 +438,9 @@ class Tracer(TorchFunctionMode):
                 relative = self._relative(frame, path)
                 if (relative, name) not in frame.reads:
                     # A layer that tells a cache its number, and no more, has the graph of the other layers.
-                    traced = TracedInt(value) if name == CACHE_INDEX and type(value) is int else value
+                    traced = self._real_of.get(id(value), value)
+                    if name == CACHE_INDEX and type(value) is int:
+                        traced = TracedInt(value)
                     frame.reads[relative, name] = Read(relative, name, traced)
                 return frame.reads[relative, name].value if name == CACHE_INDEX else value
         return value

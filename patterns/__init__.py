@@ -13,6 +13,14 @@ def default_patterns(low_memory: bool = False) -> list[Pattern]:
 
     Args:
         low_memory: whether kernels save memory where that takes a little time (see `optimize`).
+
+    Returns:
+        What `optimize(model)` looks for, for `optimize(model, patterns=..., defaults=False)` with some of them alone.
+
+    Examples:
+        >>> from ligerfx.patterns import default_patterns
+        >>> [pattern.name for pattern in default_patterns() if "cross_entropy" in pattern.idioms]
+        ['loss', ...]
     """
     from . import glu, logits_loss, norm, norm_linear, rotary
 

@@ -87,6 +87,9 @@ def test_inspect_low_memory_keeps_nothing_of_the_gated_unit(run, config, tmp_pat
         (["inspect", "lama"], "no model type, did you mean 'llama'?"),
         (["inspect", "{tmp}/broken.json"], "pass a config.json or its folder, a model type such as llama"),
         (["inspect", "{tmp}/foreign.json"], "has no model_type that transformers knows: 'alien'"),
+        (["inspect", "{tmp}/missing.json"], "missing.json': pass a config.json, or the folder that holds one"),
+        (["inspect", "{tmp}/odd.json"], "builds no causal language model of type 'llama' from this configuration"),
+        (["inspect", "{tmp}/config.json", "--html", "{tmp}/none/r.html"], "/none"),
         (["inspect", "t5"], "builds no causal language model of type 't5'"),
         (["inspect", "{tmp}/config.json", "--dtype", "int8"], "must be float32, bfloat16 or float16, not 'int8'"),
         (["inspect", "{tmp}/config.json", "--batch", "0"], "'--batch'"),
@@ -99,6 +102,7 @@ def test_inspect_low_memory_keeps_nothing_of_the_gated_unit(run, config, tmp_pat
 def test_errors_are_one_line(run, config, tmp_path, arguments, said):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "foreign.json").write_text('{"model_type": "alien"}')
+    (tmp_path / "odd.json").write_text(json.dumps(TINY | {"hidden_act": "none of these"}))
     code, _, err = run(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert code == 1
     assert err.startswith("ligerfx: ") and err.count("\n") == 1 and said in err

@@ -180,3 +180,22 @@ def test_errors_say_what_to_do(llama):
 )
 def test_advice_for_each_kind_of_reason(reason, written):
     assert written in advice(Miss("p", "", ("i",), "m.py:1", reason))
+
+
+def test_a_near_miss_beside_a_layer_that_is_called():
+    """The graph that runs does not hold the parameters of such a layer."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.down = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+
+        def forward(self, x):
+            g = self.gate(x)
+            return self.down(g * torch.sigmoid(1.702 * g) * x)
+
+    gm = ligerfx.optimize(nn.Sequential(EpsOutsideTheRoot(), Block()), (ALMOST_INPUT,))
+    (missed,) = ligerfx.explain(gm, "1").missed
+    assert missed.miss.reason.startswith("expected gate = 1.702*linear(x, gate_weight), found ")
+    assert [line.found for line in missed.lines][0] is False
+    assert "1.702" in gm.report.to_html()

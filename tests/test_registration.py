@@ -1,7 +1,10 @@
 """Patterns of the user's own: scoped, registered, ordered by benefit, and checked before they are used."""
 
+import pickle
+import sys
 import threading
 import time
+import types
 from functools import partial
 
 import pytest
@@ -133,6 +136,54 @@ def test_the_pattern_that_fails_keeps_the_others_out():
     with pytest.raises(ligerfx.PatternError, match="wrong"):
         ligerfx.register(make(), make(torch.tanh, lambda x: x.sin(), "wrong"))
     assert names(Block()) == before
+
+
+# -- in another process ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_patterns(monkeypatch):
+    """A module that holds a pattern, as one of the user's would."""
+    module = types.ModuleType("own_patterns")
+    module.quick_gelu = make()
+    module.quick_gelu.function.__module__, module.quick_gelu.function.__qualname__ = "own_patterns", "quick_gelu"
+    monkeypatch.setitem(sys.modules, "own_patterns", module)
+    return module
+
+
+def loaded(model, x, **options):
+    """The result of `optimize` after a pickle, and the patterns with which it learns its graphs again."""
+    data = pickle.dumps(ligerfx.optimize(model, x, **options))
+    module = pickle.loads(data)
+    module(x)
+    return module, [match.pattern.name for p in module._ligerfx_programs.values() for match in p[0].matches]
+
+
+def test_an_unpickled_model_finds_the_patterns_that_a_module_holds(own_patterns, recwarn):
+    model, x = Block(), torch.randn(2, 3, 16)
+    module, found = loaded(model, x, patterns=[own_patterns.quick_gelu], verify=True)
+    assert "quick_gelu" in found and len(found) == 2 and not recwarn
+    for a, b in zip(gradients(module, x)[1], gradients(model, x)[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert loaded(model, x, patterns=[own_patterns.quick_gelu], defaults=False)[1] == ["quick_gelu"]
+    assert loaded(model, x, max_rewrites=0)[1] == []
+    with ligerfx.register(own_patterns.quick_gelu):
+        data = pickle.dumps(ligerfx.optimize(model, x))
+    again = pickle.loads(data)
+    again(x)
+    assert again._ligerfx_session.patterns[0] is own_patterns.quick_gelu
+
+
+def test_an_unpickled_model_says_which_patterns_it_does_without(own_patterns, monkeypatch):
+    model, x = Block(), torch.randn(2, 3, 16)
+    with pytest.warns(UserWarning, match=r"without some of its patterns: quick_gelu \(no module holds it"):
+        module, found = loaded(model, x, patterns=[make()])
+    assert len(found) == 1 and torch.equal(module(x), ligerfx.optimize(model, x)(x))
+    data = pickle.dumps(ligerfx.optimize(model, x, patterns=[own_patterns.quick_gelu]))
+    wrong = make(replace=lambda x: x * torch.sigmoid(1.7 * x))
+    monkeypatch.setattr(own_patterns, "quick_gelu", wrong)
+    with pytest.warns(UserWarning, match="quick_gelu .*the largest difference is"):
+        assert wrong not in pickle.loads(data)._ligerfx_session.patterns
 
 
 # -- order ---------------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """The report: what it says as data, as text, as JSON and as a page."""
 
 import copy
+import io
 import json
 import pickle
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from idioms import ALMOST_INPUT, BranchesOnValues, almost
+from rich.console import Console
 from torch import nn
 
 import ligerfx
@@ -63,7 +66,9 @@ class Page(HTMLParser):
 
 
 def test_page_of_32_layers_is_small_and_folded(llama):
+    start = time.process_time()
     text = llama.report.to_html()
+    assert time.process_time() - start < 2
     assert len(text.encode()) < 1_000_000
     page = Page(text)
     assert "0-31 x32 LlamaDecoderLayer" in page.text
@@ -116,6 +121,16 @@ def test_near_misses_on_the_page(nearly):
     assert "expected mean: (-1)" in page.text and "found mean: (-2)" in page.text
     assert "`silu` has a second user" in page.text
     assert "ligerfx_kernels" not in page.text
+
+
+def test_text_for_a_terminal(nearly):
+    plain = str(nearly.report)
+    assert plain.startswith("Sequential: 0/2 RMSNorm, 0/1 GLU") and "near misses" in plain and "\x1b" not in plain
+    assert repr(nearly.report) == plain
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=140)
+    console.print(nearly.report)
+    coloured = console.file.getvalue()
+    assert "\x1b[32mmean(x**2, (-1))\x1b[0m, found \x1b[31mmean(x**2, (-1))**0.5\x1b[0m" in coloured
 
 
 def test_text_of_the_model_is_escaped():

@@ -1,12 +1,16 @@
 """Kernels that are written from an activation: numbers, gradients, and what no kernel can be written for."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import ligerfx
-from ligerfx.generate import expression_of, source_of
+from ligerfx.generate import checked_source, expression_of, source_of
+from ligerfx.kernels import glu
+from ligerfx.kernels._activations import Activation
 
 ACTIVATIONS = {
     "snake": lambda x: x + torch.sin(x) ** 2,
@@ -19,11 +23,17 @@ ACTIVATIONS = {
     "gaussian": lambda x: torch.exp(-x * x),
     "silu_squared": lambda x: F.silu(x) ** 2,
     "gelu": lambda x: F.gelu(x),
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "smish": lambda x: x * torch.tanh(torch.log(1 + torch.sigmoid(x))),
+    "log": lambda x: x * torch.log1p(x * x),
+    "tanh of two exponentials": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
 }
+FORMS = ["packed_linear", "linear", "packed", "separate"]
 
 
-def replacement(name):
-    return ligerfx.generated_glu(ACTIVATIONS[name], name).replace
+def replacement(name, form="separate"):
+    return ligerfx.generated_glu(ACTIVATIONS[name], name)[FORMS.index(form)].replace
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -37,6 +47,35 @@ def test_numbers_and_gradients(name, device, assert_matches, poison):
 def test_as_accurate_as_eager(name, dtype, device, assert_as_accurate):
     gate, up = (torch.randn(5, 300, device=device).to(dtype) for _ in range(2))
     assert_as_accurate(replacement(name), lambda gate, up: ACTIVATIONS[name](gate) * up, [gate, up])
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
+def test_with_the_down_projection(recompute, device, assert_matches, poison):
+    packed_linear, linear, packed, separate = (
+        p.replace for p in ligerfx.generated_glu(F.mish, "mish", low_memory=recompute)
+    )
+    gate, up, weight, bias = (torch.randn(*shape, device=device) for shape in ((5, 48), (5, 48), (16, 48), (16,)))
+    gate_up = torch.cat([gate, up], -1)
+
+    def reference(gate, up, weight, bias=None):
+        return F.linear(F.mish(gate) * up, weight, bias)
+
+    assert_matches(linear, reference, [gate, up, weight, bias])
+    assert_matches(packed_linear, lambda x, w: reference(*x.chunk(2, -1), w), [gate_up, weight])
+    assert_matches(packed, lambda x: F.mish(x[..., :48]) * x[..., 48:], [gate_up])
+
+
+def test_under_a_compiler(device):
+    """The operators of the kernels by hand serve what is generated, too."""
+    torch.compiler.reset()
+    function = replacement("mish", "packed_linear")
+    leaves = [torch.randn(*s, device=device, requires_grad=True) for s in ((2, 5, 96), (32, 48))]
+    results = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        out = call(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
 
 
 def test_layouts(device, assert_matches):
@@ -66,16 +105,6 @@ def test_far_out_and_at_the_kink(device):
         torch.testing.assert_close(gate.grad, expected.grad, rtol=1e-6, atol=1e-6)
 
 
-def test_under_torch_compile_the_activation_itself_is_traced(device):
-    """A kernel that is no operator would end the graph."""
-    gate, up = (torch.randn(5, 30, device=device, requires_grad=True) for _ in range(2))
-    compiled = torch.compile(replacement("snake"), backend="aot_eager", fullgraph=True)
-    expected = ACTIVATIONS["snake"](gate) * up
-    torch.testing.assert_close(compiled(gate, up), expected, rtol=1e-6, atol=1e-6)
-    found = torch.autograd.grad(compiled(gate, up).sum(), (gate, up))
-    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), (gate, up)), rtol=1e-6, atol=1e-6)
-
-
 def test_nan_passes(device):
     gate = torch.tensor([float("nan"), 1.0], device=device)
     for name in ACTIVATIONS:
@@ -92,23 +121,46 @@ class Gated(nn.Module):
         return self.down(self.function(self.gate(x)) * self.up(x))
 
 
-def test_a_model_with_it(device):
-    pattern = ligerfx.generated_glu(ACTIVATIONS["quick_gelu"], "quick_gelu")
-    model = Gated(lambda x: torch.sigmoid(x * 1.702) * x).to(device)
+class Packed(Gated):
+    def __init__(self, function):
+        super().__init__(function)
+        self.gate_up = nn.Linear(16, 48)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.function(gate) * up)
+
+
+class Halved(Packed):
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return 2 * (self.function(gate) * up).tanh()
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [(Gated, "quick_gelu_glu_linear"), (Packed, "packed_quick_gelu_glu_linear"), (Halved, "packed_quick_gelu_glu")],
+)
+def test_a_model_with_it(device, cls, expected):
+    patterns = ligerfx.generated_glu(ACTIVATIONS["quick_gelu"], "quick_gelu")
+    model = cls(lambda x: torch.sigmoid(x * 1.702) * x).to(device)
     x = torch.randn(2, 3, 16, device=device)
-    optimised = ligerfx.optimize(model, x, patterns=[pattern], verify=True)
+    optimised = ligerfx.optimize(model, x, patterns=patterns, verify=True)
     (rewrite,) = optimised.report.rewrites
-    assert rewrite.pattern == "quick_gelu_glu" and rewrite.verified.gradient < 1e-6
-    assert "quick_gelu_glu" in optimised.code
-    grads = [torch.autograd.grad(m(x).square().sum(), list(model.parameters())) for m in (optimised, model)]
+    assert rewrite.pattern == expected and rewrite.verified.gradient < 1e-6
+    assert f"ligerfx_kernels_{expected}(" in optimised.code
+    grads = [
+        torch.autograd.grad(m(x).square().sum(), list(model.parameters()), materialize_grads=True, allow_unused=True)
+        for m in (optimised, model)
+    ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_hand_written_kernels_come_first(device):
-    pattern = ligerfx.generated_glu(lambda x: F.silu(x), "mine")
+    patterns = ligerfx.generated_glu(lambda x: F.silu(x), "mine")
     x = torch.randn(2, 3, 16, device=device)
-    report = ligerfx.optimize(Gated(F.silu).to(device), x, patterns=[pattern]).report
+    report = ligerfx.optimize(Gated(F.silu).to(device), x, patterns=patterns).report
     assert [r.pattern for r in report.rewrites] == ["silu_glu_linear"]
 
 
@@ -122,17 +174,40 @@ def test_the_derivative_is_written_without_overflow():
     )
 
 
+GELU_TANH = {
+    "a quotient": lambda x, u: 0.5 * x * (1 + ((2 * u).exp() - 1) / ((2 * u).exp() + 1)),
+    "two exponentials": lambda x, u: 0.5 * x * (1 + (u.exp() - (-u).exp()) / (u.exp() + (-u).exp())),
+    "infinite over infinite": lambda x, u: x * (2 * u).exp() / ((2 * u).exp() + 1),
+    "less a fraction": lambda x, u: x * (1 - 1 / ((2 * u).exp() + 1)),
+    "a sigmoid": lambda x, u: x / (1 + (-2 * u).exp()),
+}
+
+
+@pytest.mark.parametrize("name", GELU_TANH)
+def test_gelu_whose_tanh_is_written_with_exponentials(name, device):
+    """Far out they overflow, in the model's spelling; in the kernel they do not."""
+    source = checked_source(lambda x: GELU_TANH[name](x, math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)), name)
+    x = torch.linspace(-60, 60, 500, device=device)
+    found, expected = (x.clone().requires_grad_() for _ in range(2))
+    y = glu(found, torch.ones_like(x), Activation(name, torch.relu, source))
+    truth = F.gelu(expected, approximate="tanh")
+    y.sum().backward()
+    truth.sum().backward()
+    torch.testing.assert_close(y, truth, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(found.grad, expected.grad, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("activation", "reason"),
     [
-        (F.softplus, "no kernel can be written for softplus"),
+        (lambda x: F.softplus(x, beta=2), "mine: no kernel can be written for softplus"),
         (lambda x: x * x.mean(-1, keepdim=True), "no kernel can be written for mean"),
         (lambda x: x.softmax(-1), "no kernel can be written for softmax"),
         (lambda x: x if x.sum() > 0 else -x, "not traceable"),
-        (lambda x: (1 + x * x) ** 0.3, "the power 0.3 has no Triton code"),
-        (lambda x: x / (2 + torch.exp(-x)), "no kernel can be written for this form of it"),
+        (lambda x: (1 + x * x) ** 0.3, "mine: the power 0.3 has no Triton code"),
+        (lambda x: x * torch.tanh(torch.exp(x)), "the derivative .* no kernel can be written for this form of it"),
     ],
-    ids=["softplus", "a mean", "softmax", "a branch", "an odd power", "a derivative that overflows"],
+    ids=["softplus of another slope", "a mean", "softmax", "a branch", "an odd power", "a derivative that overflows"],
 )
 def test_what_no_kernel_can_be_written_for(activation, reason):
     with pytest.raises(ligerfx.PatternError, match=reason):

@@ -5,7 +5,7 @@ import torch
 
 from ligerfx.kernels import glu, glu_reference, packed_glu, packed_glu_reference
 
-ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu"]
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 def _pair(activation, packed=False):

@@ -241,6 +241,18 @@ def megatron_gelu(g, u):
     return g * 0.5 * (1.0 + torch.tanh(0.79788456 * g * (1 + 0.044715 * g * g))) * u
 
 
+def gelu_of_a_sigmoid(g, u):
+    return g * torch.sigmoid(1.5957691216 * (g + 0.044715 * g * g * g)) * u
+
+
+def gelu_of_an_exponential(g, u):
+    return u * g / (1 + torch.exp(-2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))
+
+
+def silu_of_a_tanh(g, u):
+    return 0.5 * g * (1 + torch.tanh(0.5 * g)) * u
+
+
 def gemma_geglu(g, u):
     return F.gelu(g, approximate="tanh") * u
 
@@ -295,6 +307,7 @@ def t5_packed(x):
 GATED = {
     llama_swiglu: "silu_glu", retnet_glu: "silu_glu", sigmoid_in_fp32: "gelu_glu", expit: "silu_glu",
     exponential: "silu_glu", doubled_and_halved: "silu_glu", t5_gelu: "gelu_tanh_glu", megatron_gelu: "gelu_tanh_glu",
+    gelu_of_a_sigmoid: "gelu_tanh_glu", gelu_of_an_exponential: "gelu_tanh_glu", silu_of_a_tanh: "silu_glu",
     gemma_geglu: "gelu_tanh_glu", erf_with_eight_digits: "gelu_glu", normal_cdf: "gelu_glu", reglu: "relu_glu",
     palm: "silu_glu", olmo_swiglu: "silu_glu", chatglm: "packed_silu_glu", phi3: "packed_silu_glu",
     viewed_and_unbound: "packed_silu_glu", viewed_and_selected: "packed_silu_glu", t5_packed: "packed_gelu_glu",
@@ -385,7 +398,7 @@ NOT_GATED = {
     ),
     "gelu of erf without the root of two": (lambda g, u: 0.5 * g * (1 + torch.erf(g)) * u, "1.41421356"),
     "six digits of the gelu's constant": (
-        lambda g, u: 0.5 * g * (1 + torch.tanh(0.797884 * (g + 0.044715 * g**3))) * u, "gate: 0.9999992",
+        lambda g, u: 0.5 * g * (1 + torch.tanh(0.797884 * (g + 0.044715 * g**3))) * u, "1.595768*arg0 is no value",
     ),
     "powers of two": (lambda g, u: g / (1 + torch.exp2(-g)) * u, "expected exp(-gate), found exp2(-arg0, "),
 }  # fmt: skip

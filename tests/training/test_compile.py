@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import StaticCache
 
 import ligerfx
 from ligerfx.deferred import DeferredTensor
@@ -180,3 +181,47 @@ def test_masks_are_built_where_they_are_needed(references):
     window = gemma.config.sliding_window
     assert masked(gemma, window - 1) == [False, False]
     assert sorted(masked(gemma, window + 1)) == [False, True]
+
+
+def test_a_compiled_decoding_step_writes_to_the_cache_once(references):
+    """The model learns the new kind of call beforehand, and that must not reach the cache."""
+    model = make("llama").eval()
+    ids = torch.arange(14).view(2, 7) + 3
+    logits, filled = [], []
+    for m in (model, ligerfx.optimize(model)):
+        cache = StaticCache(model.config, max_cache_len=12)
+        step = torch.compile(m.__call__, backend="aot_eager", fullgraph=True)
+        with torch.no_grad():
+            m(input_ids=ids, past_key_values=cache, use_cache=True)
+            found = [step(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(3)]
+        logits.append(torch.cat(found))
+        filled.append([int(layer.cumulative_length) for layer in cache.layers])
+    assert filled == [[10, 10]] * 2
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+
+
+class Counting(torch.nn.Module):
+    """Counts its calls in a buffer, an attribute and a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(16)
+        self.register_buffer("calls", torch.zeros(()))
+        self.plain, self.names = torch.zeros(()), []
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.plain.add_(1)
+        return self.norm(x) * self.calls
+
+
+def test_what_a_model_learns_when_it_is_compiled_leaves_its_state_alone(references):
+    model = Counting()
+    optimised = ligerfx.optimize(model, (torch.randn(2, 16),))
+    before = model.calls.item()
+    compiled = torch.compile(optimised, backend="aot_eager")
+    x = torch.randn(2, 3, 16)
+    for call in (1, 2):
+        torch.testing.assert_close(compiled(x), model.norm(x) * (before + call))
+        assert optimised.calls.item() == optimised.plain.item() == before + call
+        assert type(optimised.calls) is type(optimised.plain) is torch.Tensor

@@ -415,3 +415,31 @@ def test_export(pair):
         assert torch.equal(exported(**inputs), Logits(model)(**inputs))
         model.lm_head.weight.mul_(2)
         assert not torch.equal(exported(**inputs), Logits(model)(**inputs))
+
+
+def replica_of(model):
+    """What `torch.nn.parallel.replicate` makes for one GPU, which it does not make of a model on the CPU."""
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.clone())
+    return replicas[model]
+
+
+def test_data_parallel_runs_the_original_and_says_so(pair):
+    model, optimised = pair
+    inputs = default_batch(model)
+    expected = equality.run(model, inputs)
+    with pytest.warns(UserWarning, match="nn.DataParallel runs the original forward of LlamaForCausalLM"):
+        replica = replica_of(optimised)
+    assert not any(isinstance(m, ligerfx.OptimizedModule) for m in replica.modules())
+    output = replica(**inputs)
+    output.loss.backward()
+    assert torch.equal(output.loss, expected[0]) and torch.equal(output.logits, expected[1])
+    assert all(torch.equal(p.grad, expected[2][name]) for name, p in optimised.named_parameters())
+    assert isinstance(optimised, ligerfx.OptimizedModule)
+    optimised.zero_grad()
+    assert_same(model, optimised)

@@ -1,0 +1,89 @@
+"""DDP and FSDP2 of an optimised model on two GPUs beside the original on one: losses, parameters, peak memory.
+
+torchrun --standalone --nproc_per_node=2 tests/gpu/_two_gpus.py
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import ligerfx
+from models import make, midsize
+
+STEPS = 10
+
+
+def steps_of(model, ranks, vocab, seq, count=STEPS):
+    """Losses of the given processes' batches, and SGD on their mean."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for step in range(count):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(3, vocab, (2, 4, seq), generator=generator).cuda()
+        found = [model(input_ids=ids[r], labels=ids[r], use_cache=False).loss for r in ranks]
+        (sum(found) / len(found)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append([loss.item() for loss in found])
+    return losses
+
+
+def sharded(model):
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(parameter):
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def check_training(wrap, tied):
+    rank = dist.get_rank()
+    original = make("llama", device="cuda", tie_word_embeddings=tied)
+    optimised = ligerfx.optimize(copy.deepcopy(original))
+    start = [p.detach().clone() for p in original.parameters()]
+    expected = [losses[rank] for losses in steps_of(original, (0, 1), 256, 33)]
+    wrapped = wrap(optimised)
+    found = [losses[0] for losses in steps_of(wrapped, (rank,), 256, 33)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0)
+    assert expected[-1] != expected[0]
+    for (name, p), q, before in zip(original.named_parameters(), wrapped.parameters(), start, strict=True):
+        way, apart = (p - before).norm().item(), (p - whole(q)).norm().item()
+        assert apart < 1e-3 * way, (name, apart, way)
+
+
+def check_memory():
+    """The optimised model, sharded, takes less than the original, sharded."""
+    peaks = []
+    for optimise in (lambda model: model, ligerfx.optimize):
+        model = sharded(optimise(midsize("llama", dtype=torch.bfloat16, device="cuda", vocab_size=32000)))
+        steps_of(model, (dist.get_rank(),), 32000, 512, count=1)
+        torch.cuda.reset_peak_memory_stats()
+        steps_of(model, (dist.get_rank(),), 32000, 512, count=2)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del model
+    print(f"peak of the original {peaks[0] / 2**20:.0f} MiB, optimised {peaks[1] / 2**20:.0f} MiB", flush=True)
+    assert peaks[1] < 0.6 * peaks[0], peaks
+
+
+def main():
+    dist.init_process_group("nccl")
+    torch.cuda.set_device(dist.get_rank())
+    for tied in (False, True):
+        check_training(lambda model: DDP(model, device_ids=[dist.get_rank()]), tied)
+        check_training(sharded, tied)
+    check_memory()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -24,11 +24,13 @@ def no_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 def check_linear(op: str, features: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raise unless weight is [N, features], bias is [N], and neither is integer."""
-    tensors = (weight,) if bias is None else (weight, bias)
-    for tensor in tensors:
+    shape = weight.shape
+    if bias is None and weight.is_floating_point() and len(shape) == 2 and shape[1] == features:
+        return  # as nearly always, and asked by every call
+    for tensor in (weight,) if bias is None else (weight, bias):
         if not (tensor.is_floating_point() or tensor.is_complex()):
             raise TypeError(f"{op}: expected floating-point inputs, got {tensor.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != features or (bias is not None and bias.shape != weight.shape[:1]):
+    if len(shape) != 2 or shape[1] != features or (bias is not None and bias.shape != shape[:1]):
         raise ValueError(
             f"{op}: expected weight [N, K] and bias [N] or None for an input [..., K]; got "
             f"{tuple(weight.shape)} and {None if bias is None else tuple(bias.shape)} for K = {features}"

@@ -36,7 +36,7 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
     They can if all are plain, non-empty float32/bfloat16/float16 tensors on one device, and that device is a
     GPU, or the CPU while Triton's interpreter is on.
     """
-    if not HAS_TRITON:
+    if not HAS_TRITON or (not INTERPRET and tensors[0].is_cpu):
         return False
     device = None
     for tensor in tensors:

@@ -20,7 +20,7 @@ def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str | Activa
         tensor([0., 6.])
     """
     check_glu("glu", gate, up, activation)
-    return in_torch(activation)(gate) * up
+    return gated(gate, up, activation)
 
 
 def packed_glu_reference(gate_up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
@@ -36,6 +36,11 @@ def packed_glu_reference(gate_up: torch.Tensor, activation: str | Activation = "
     """
     check_packed_glu("packed_glu", gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
+    return gated(gate, up, activation)
+
+
+def gated(gate, up, activation):
+    """`glu_reference`, for arguments that were checked."""
     return in_torch(activation)(gate) * up
 
 
@@ -265,9 +270,9 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "si
         >>> gate.grad.shape
         torch.Size([2, 5, 8])
     """
-    check_glu("glu", gate, up, activation)
     if not use_triton(gate, up):
         return glu_reference(gate, up, activation)
+    check_glu("glu", gate, up, activation)
     return _GLU.apply(gate, up, key_of(activation))
 
 
@@ -295,7 +300,7 @@ def packed_glu(gate_up: torch.Tensor, activation: str | Activation = "silu") -> 
         >>> torch.allclose(packed_glu(gate_up, "gelu"), torch.nn.functional.gelu(gate) * up)
         True
     """
-    check_packed_glu("packed_glu", gate_up, activation)
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
+    check_packed_glu("packed_glu", gate_up, activation)
     return _GLU.apply(gate_up, None, key_of(activation))

@@ -14,12 +14,11 @@ from ._runtime import autocast_dtype, use_triton
 from .gated import (
     check_glu,
     check_packed_glu,
+    gated,
     glu,
     glu_backward,
     glu_forward,
-    glu_reference,
     packed_glu,
-    packed_glu_reference,
 )
 
 
@@ -42,7 +41,7 @@ def glu_linear_reference(
         tensor([[9.]])
     """
     _check(gate, up, weight, bias, activation)
-    return F.linear(glu_reference(gate, up, activation), weight, bias)
+    return F.linear(gated(gate, up, activation), weight, bias)
 
 
 def packed_glu_linear_reference(
@@ -62,7 +61,7 @@ def packed_glu_linear_reference(
         tensor([[9.]])
     """
     _check_packed(gate_up, weight, bias, activation)
-    return F.linear(packed_glu_reference(gate_up, activation), weight, bias)
+    return F.linear(gated(*gate_up.chunk(2, dim=-1), activation), weight, bias)
 
 
 def _unfused(gate, up, weight, bias, activation):
@@ -154,9 +153,9 @@ def glu_linear(
         >>> torch.allclose(y, (torch.nn.functional.silu(gate) * up) @ weight.T, atol=1e-5)
         True
     """
-    _check(gate, up, weight, bias, activation)
     if not use_triton(gate, up, weight, bias):
         return glu_linear_reference(gate, up, weight, bias, activation)
+    _check(gate, up, weight, bias, activation)
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     if autocast_dtype(gate.device.type) is not None or not is_plain_linear(dtype, weight, bias):
         return _unfused(gate, up, weight, bias, activation)
@@ -191,9 +190,9 @@ def packed_glu_linear(
         >>> packed_glu_linear(gate_up, weight, bias, "gelu_tanh").shape
         torch.Size([2, 5, 4])
     """
-    _check_packed(gate_up, weight, bias, activation)
     if not use_triton(gate_up, weight, bias):
         return packed_glu_linear_reference(gate_up, weight, bias, activation)
+    _check_packed(gate_up, weight, bias, activation)
     if autocast_dtype(gate_up.device.type) is not None or not is_plain_linear(gate_up.dtype, weight, bias):
         return _unfused(gate_up, None, weight, bias, activation)
     return _GLULinear.apply(gate_up, None, weight, bias, key_of(activation), recompute)

@@ -512,10 +512,10 @@ def norm_rope(
         >>> q.shape, k.shape
         (torch.Size([2, 4, 5, 16]), torch.Size([2, 2, 5, 16]))
     """
-    head_dim = _check(q, k, q_weight, k_weight, cos, sin, cast)
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, q_weight, k_weight, cos, sin):
         return norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast)
+    head_dim = _check(q, k, q_weight, k_weight, cos, sin, cast)
     cos, sin = with_four_dims(cos), with_four_dims(sin)
     return _NormRope.apply(
         q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast == "after_weight", head_dim

@@ -27,6 +27,10 @@ def rms_norm_reference(
         tensor([1., 1.])
     """
     check_rms_norm("rms_norm", x, weight, cast)
+    return _normed(x, weight, eps, offset, cast)
+
+
+def _normed(x, weight, eps, offset, cast):
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     if cast == "before_weight":
@@ -56,9 +60,16 @@ def add_rms_norm_reference(
         (tensor([2., 2., 2., 2.]), tensor([1., 1., 1., 1.]))
     """
     check_rms_norm("add_rms_norm", x, weight, cast, residual)
-    x, residual = _contiguous_first(x, residual)
-    h = x if residual is None else x + residual
-    return rms_norm_reference(h, weight, eps, offset=offset, cast=cast), h
+    return added_norm(x, residual, weight, eps, offset, cast)
+
+
+def added_norm(x, residual, weight, eps, offset, cast):
+    """`add_rms_norm_reference`, for arguments that were checked."""
+    h = x
+    if residual is not None:
+        x, residual = _contiguous_first(x, residual)
+        h = x + residual
+    return _normed(h, weight, eps, offset, cast), h
 
 
 def _contiguous_first(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -490,9 +501,9 @@ def rms_norm(
         >>> torch.equal(rms_norm(x, weight - 1, eps=0.0, offset=1.0), y)
         True
     """
-    check_rms_norm("rms_norm", x, weight, cast)
     if not use_triton(x, weight):
         return rms_norm_reference(x, weight, eps, offset=offset, cast=cast)
+    check_rms_norm("rms_norm", x, weight, cast)
     return _RMSNorm.apply(x, weight, float(eps), float(offset), cast == "after_weight")
 
 
@@ -532,8 +543,8 @@ def add_rms_norm(
         >>> torch.equal(h, x + residual), y.shape
         (True, torch.Size([2, 5, 8]))
     """
-    check_rms_norm("add_rms_norm", x, weight, cast, residual)
-    x, residual = _contiguous_first(x, residual)
     if not use_triton(x, residual, weight):
         return add_rms_norm_reference(x, residual, weight, eps, offset=offset, cast=cast)
+    check_rms_norm("add_rms_norm", x, weight, cast, residual)
+    x, residual = _contiguous_first(x, residual)
     return _AddRMSNorm.apply(x, residual, weight, float(eps), float(offset), cast == "after_weight")

@@ -6,6 +6,7 @@ be separate additions are addends: each layer's share of y's gradient of the nex
 residual stream's gradient of the norm's kernel. That is why x is among the outputs.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -41,8 +42,8 @@ def rms_norm_linear_reference(
         (torch.Size([2, 5, 16]), torch.Size([2, 5, 4]), torch.Size([2, 5, 8]))
     """
     biases = _check(x, norm_weight, weights, biases, residual, cast)
-    y, h = rmsnorm.add_rms_norm_reference(x, residual, norm_weight, eps, offset=offset, cast=cast)
-    return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)), h
+    y, h = rmsnorm.added_norm(x, residual, norm_weight, eps, offset, cast)
+    return *map(F.linear, itertools.repeat(y), weights, biases), h
 
 
 def _unfused(x, norm_weight, weights, biases, eps, residual, offset, cast):
@@ -113,8 +114,9 @@ def _check(x, norm_weight, weights, biases, residual, cast):
         biases = (None,) * len(weights)
     elif len(biases) != len(weights):
         raise ValueError(f"rms_norm_linear: expected a bias or None a weight, got {len(biases)} for {len(weights)}")
+    features = norm_weight.shape[0]
     for weight, bias in zip(weights, biases, strict=True):
-        check_linear("rms_norm_linear", norm_weight.shape[0], weight, bias)
+        check_linear("rms_norm_linear", features, weight, bias)
     return biases
 
 
@@ -165,11 +167,11 @@ def rms_norm_linear(
         >>> g.shape, u.shape, torch.equal(h, x + residual)
         (torch.Size([2, 5, 24]), torch.Size([2, 5, 24]), True)
     """
-    biases = _check(x, norm_weight, weights, biases, residual, cast)
-    if not use_triton(x, residual, norm_weight, *weights, *biases):
+    if not use_triton(x, residual, norm_weight, *weights, *(biases or ())):
         return rms_norm_linear_reference(
             x, norm_weight, weights, biases, eps, residual=residual, offset=offset, cast=cast
         )
+    biases = _check(x, norm_weight, weights, biases, residual, cast)
     cast_after = cast == "after_weight"
     dtype = x.dtype
     if not cast_after and norm_weight.dtype != dtype:

@@ -36,16 +36,15 @@ def rope_reference(
     check_rope("rope", q, k, cos, sin, pairs, half_tables)
     rotated = cos.shape[-1] * (2 if half_tables else 1)
 
-    def apply(x: torch.Tensor) -> torch.Tensor:
-        turned, rest = x[..., :rotated], x[..., rotated:]
+    def turned(x: torch.Tensor) -> torch.Tensor:
         if half_tables:
-            x1, x2 = _paired(turned, pairs)
-            turned = _joined(x1 * cos - x2 * sin, x2 * cos + x1 * sin, pairs)
-        else:
-            turned = (turned * cos) + (_exchanged(turned, pairs) * sin)
-        return turned if rotated == x.shape[-1] else torch.cat([turned, rest], dim=-1)
+            x1, x2 = _paired(x, pairs)
+            return _joined(x1 * cos - x2 * sin, x2 * cos + x1 * sin, pairs)
+        return (x * cos) + (_exchanged(x, pairs) * sin)
 
-    return apply(q), apply(k)
+    if rotated == q.shape[-1]:
+        return turned(q), turned(k)
+    return tuple(torch.cat([turned(x[..., :rotated]), x[..., rotated:]], dim=-1) for x in (q, k))
 
 
 def _paired(x: torch.Tensor, pairs: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -388,20 +387,21 @@ def check_rope(
         raise ValueError(f"{op}: pairs must be one of {PAIRS}, the last with half_tables, got {pairs!r}")
     if not (q.is_floating_point() and k.is_floating_point() and cos.is_floating_point() and sin.is_floating_point()):
         raise TypeError(f"{op}: expected floating-point inputs, got {[t.dtype for t in (q, k, cos, sin)]}")
-    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    q_shape, k_shape, table = q.shape, k.shape, cos.shape
+    if len(q_shape) != 4 or len(k_shape) != 4 or q_shape[0] != k_shape[0] or q_shape[3] != k_shape[3]:
         problem = "q and k must be 4-D with equal batch and head size"
-    elif cos.shape != sin.shape or not 1 <= cos.dim() <= 4:
+    elif table != sin.shape or not 1 <= len(table) <= 4:
         problem = "cos and sin must have one shape of at most 4 dims"
     else:
-        batch, *middle, rotated = (1,) * (4 - cos.dim()) + tuple(cos.shape)
+        batch, *middle, rotated = table if len(table) == 4 else (1,) * (4 - len(table)) + tuple(table)
         rotated = 2 * rotated if half_tables else rotated
-        if rotated % 2 or rotated > q.shape[3]:
+        if rotated % 2 or rotated > q_shape[3]:
             problem = "what rotates, the last dim of cos or twice that, must be even and at most the head size"
         else:
-            if batch in (1, q.shape[0]):
+            if batch in (1, q_shape[0]):
                 for heads, tokens in ((1, 2), (2, 1)):
-                    same_tokens = q.shape[tokens] == k.shape[tokens]
-                    if middle[heads - 1] == 1 and same_tokens and middle[tokens - 1] in (1, q.shape[tokens]):
+                    same_tokens = q_shape[tokens] == k_shape[tokens]
+                    if middle[heads - 1] == 1 and same_tokens and middle[tokens - 1] in (1, q_shape[tokens]):
                         return heads
             problem = "cos must be [B or 1, 1, S, R], or [B or 1, S, 1, R] for heads at dim 2"
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}"
@@ -455,9 +455,9 @@ def rope(
         >>> torch.allclose(rope(q, k, halves.cos(), halves.sin(), half_tables=True)[0], q_rotated)
         True
     """
-    head_dim = check_rope("rope", q, k, cos, sin, pairs, half_tables)
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     if table_grad or not use_triton(q, k, cos, sin):
         return rope_reference(q, k, cos, sin, pairs=pairs, half_tables=half_tables)
+    head_dim = check_rope("rope", q, k, cos, sin, pairs, half_tables)
     cos, sin = with_four_dims(cos), with_four_dims(sin)
     return _Rope.apply(q, k, cos, sin, head_dim, pairs, half_tables)

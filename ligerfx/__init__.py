@@ -4,6 +4,8 @@ model = ligerfx.optimize(model)
 print(model.report)
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .bisect import Culprit, bisect
 from .check import check_pattern
 from .deferred import DeferredTensor
@@ -34,6 +36,7 @@ __all__ = [
     "Verified",
     "bisect",
     "check_pattern",
+    "compiled_reports",
     "generated_glu",
     "diff",
     "draw",
@@ -42,3 +45,14 @@ __all__ = [
     "pattern",
     "register",
 ]
+
+if TYPE_CHECKING:
+    from .backend import compiled_reports
+
+
+def __getattr__(name: str) -> Any:
+    if name != "compiled_reports":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .backend import compiled_reports  # which imports the compiler
+
+    return compiled_reports

@@ -11,7 +11,12 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch.nn.modules import module as _global
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from .sharded import is_view_of_flat
 from .traced_numbers import TracedInt, plain
@@ -21,6 +26,16 @@ PLAIN = (
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 """Types of Python constants: they may stand in a graph as they are, and compare by value."""
+
+OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = (
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+)
+
+_MISSING = object()
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,7 +47,9 @@ class Read:
     value: Any
 
     def __post_init__(self) -> None:
-        self._state = snapshot(self.value)
+        self.state = snapshot(self.value)
+        self.can_change = self.state is not None or isinstance(self.value, TracedInt)
+        self._by_value = isinstance(self.value, (*PLAIN, tuple)) and not isinstance(self.value, TracedInt)
 
     def settled(self) -> Read:
         """This, or where the capture used nothing of a number, that there is one: once the capture is finished."""
@@ -42,23 +59,22 @@ class Read:
 
     def has_changed(self) -> bool:
         """Whether the value has been changed in place since it was read."""
-        return self._state is not None and not _equal(snapshot(self.value), self._state)
+        return self.state is not None and not _equal(snapshot(self.value), self.state)
 
     def holds(self, module: nn.Module) -> bool:
         return self.same(submodule(module, self.path))
 
     def same(self, module: nn.Module) -> bool:
         """Whether `module` still has the attribute as it was read."""
-        if self.name in module.__dict__:
-            value = module.__dict__[self.name]
-        elif hasattr(type(module), self.name):
-            value = getattr(type(module), self.name)
-        else:
-            return False
-        if self._state is not None:
-            return type(value) is type(self.value) and _equal(snapshot(value), self._state)
+        value = module.__dict__.get(self.name, _MISSING)
+        if value is _MISSING:
+            value = getattr(type(module), self.name, _MISSING)
+        if self.state is not None:
+            return type(value) is type(self.value) and _equal(_content(value), self.state)
         if value is self.value:
             return True
+        if self._by_value:
+            return type(value) is type(self.value) and _equal(value, self.value)
         if isinstance(self.value, TracedInt):
             return type(value) is int and (not self.value.used or value == plain(self.value))
         if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
@@ -66,7 +82,7 @@ class Read:
         if isinstance(value, functools.partial) and isinstance(self.value, functools.partial):
             mine, other = ((p.func, p.args, p.keywords) for p in (value, self.value))
             return _equal(mine, other)
-        return type(value) is type(self.value) and isinstance(value, (*PLAIN, tuple)) and _equal(value, self.value)
+        return False
 
 
 @dataclasses.dataclass(eq=False)
@@ -135,11 +151,16 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
 def snapshot(value: Any) -> Any:
     """A shallow copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
     configuration-like object. None for a value that cannot, or whose change is seen elsewhere."""
-    if isinstance(value, (list, dict, set)):
-        return value.copy()
     if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or callable(value):
         return None
-    return dict(vars(value)) if hasattr(value, "__dict__") else None
+    if isinstance(value, (list, dict, set)) or hasattr(value, "__dict__"):
+        return _content(value).copy()
+    return None
+
+
+def _content(value: Any) -> Any:
+    """A list, dict or set itself, and of another object the attributes."""
+    return value if issubclass(type(value), (list, dict, set)) else vars(value)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -160,21 +181,21 @@ def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...], method
 
     No attribute of the module's own may hide one of `methods`, which forward could call.
     """
-    if getattr(type(module), "_original_class", type(module)) is not cls or not runs_its_forward(module):
+    kind = type(module)
+    if (kind is not cls and getattr(kind, "_original_class", kind) is not cls) or not runs_its_forward(module):
         return False
     state = module.__dict__
     table = state["_parameters"]
     present = 0
     for value in table.values():
-        present += value is not None
+        if value is not None:
+            present += 1
     for name in parameters:
         if table.get(name) is None:
             if not is_view_of_flat(state.get(name)):
                 return False
             present += 1
-    if present != len(parameters):
-        return False
-    return all(name not in state for name in methods)
+    return present == len(parameters) and all(name not in state for name in methods)
 
 
 def own_methods(module: nn.Module, cls: type) -> tuple[str, ...]:
@@ -202,13 +223,17 @@ def runs_its_forward(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more, or other, than the forward of its class."""
+    state = module.__dict__
     return bool(
-        has_own_hooks(module)
-        or module.__dict__.get("_ligerfx_edited")
-        or _global._global_forward_hooks
-        or _global._global_forward_pre_hooks
-        or _global._global_backward_hooks
-        or _global._global_backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "_ligerfx_edited" in state
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
     )
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from .sharded import is_hook_of_fsdp
+from .sharded import is_fully_sharded, is_hook_of_fsdp
 
 _METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
                          "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes"}}  # fmt: skip
@@ -104,18 +105,14 @@ class DeferredTensor(torch.Tensor):
                 return first._hook_later(args[1])
         if name in _LAZY_METHODS and isinstance(first, DeferredTensor) and _stays_deferred(name, args, kwargs):
             return first._then(func, args[1:], kwargs)
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs))
-        )
+        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten.detach.default:  # what making a wrapper subclass itself calls
             return args[0]
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs or {}))
-        )
+        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
 
     def _then(self, func: Callable, args: tuple, kwargs: dict) -> DeferredTensor:
@@ -152,6 +149,13 @@ class DeferredTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(self.materialize())
+
+
+def settled_if_sharded(module: torch.nn.Module, out: Any) -> Any:
+    """The output of a module, whose deferred logits are computed now where FSDP2 may free the whole weights now."""
+    if not torch.is_grad_enabled() and is_fully_sharded(module):
+        return tree_map_only(DeferredTensor, DeferredTensor.materialize, out)
+    return out
 
 
 def _stays_deferred(name: str, args: tuple, kwargs: dict) -> bool:

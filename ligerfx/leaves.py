@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 _lock = threading.RLock()
@@ -114,8 +116,19 @@ def leaf_functions(modules: Iterable[nn.Module], record: Callable[..., Any]) -> 
         return wrapper
 
     registry_class = _registry_class()
+
+    @functools.wraps(F.scaled_dot_product_attention)
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        # A comparison of sizes ("more than one token, and no mask") is not a bool yet, which torch insists on.
+        if isinstance(kwargs.get("is_causal"), torch.SymBool):
+            kwargs["is_causal"] = bool(kwargs["is_causal"])
+        return plain_attention(*args, **kwargs)
+
     replaced: list[tuple[dict, str, Any]] = []
     with _lock:
+        plain_attention = F.scaled_dot_product_attention
+        replaced.append((vars(F), "scaled_dot_product_attention", plain_attention))
+        F.scaled_dot_product_attention = attention
         for file in _source_files(modules):
             for name, value in list(vars(file).items()):
                 attention = name == EAGER_ATTENTION and isinstance(value, FunctionType)

@@ -759,17 +759,20 @@ def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
     return a.is_number and b.is_number and not _close(a, b)
 
 
-def describe(expr: sympy.Expr, terms: Terms) -> str:
-    """A value as readable text."""
-    names = {s: sympy.Symbol(_term_text(terms.terms[s], terms)) for s in expr.free_symbols if s in terms.terms}
+def describe(expr: sympy.Expr, terms: Terms, depth: int = 6) -> str:
+    """A value as readable text. What is deeper inside is left out: written out, a value that is used twice is there
+    twice, and so a graph of many layers has no end."""
+    if depth == 0:
+        return "..."
+    names = {s: sympy.Symbol(_term_text(terms.terms[s], terms, depth)) for s in expr.free_symbols if s in terms.terms}
     text = sympy.sstr(expr.xreplace(names), full_prec=False)
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _term_text(term: Any, terms: Terms) -> str:
+def _term_text(term: Any, terms: Terms, depth: int) -> str:
     if term.op == "leaf":
         return str(term.attrs[0])
-    inner = [describe(a, terms) for a in term.args]
+    inner = [describe(a, terms, depth - 1) for a in term.args]
     if term.op == "linear" and len(inner[0]) > 24:  # whose weight says which it is
         inner[0] = "..."
     attrs = [_attribute(a) for a in term.attrs]

@@ -16,33 +16,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_map_only
-from torch.utils._sympy.printers import PythonPrinter
 
-from .capture import Capture, stands_for, structure
+from .capture import Capture, structure
 from .cost import Cost, cost
-from .deferred import DeferredTensor, deferred_logits
+from .deferred import deferred_logits, settled_if_sharded
 from .dissolve import dissolved, scopes, straddled
+from .entry import MISS, entry_for
 from .errors import CaptureError, PatternError
+from .guard import guard_of, size_conditions
 from .listing import Line, listing
 from .matcher import Match, Matcher, NearMiss
 from .pattern import Pattern
 from .registry import referenced, references
 from .rewriter import rewrite
 from .shadow import exposes_parameters
-from .sharded import is_fully_sharded
-from .signature import call_key
+from .signature import autocast_key, call_key
 from .source import describe_error
-from .symbols import FakeInputs, expression, first_expression
-from .traced_numbers import TracedFloat, TracedInt, plain
+from .symbols import FakeInputs
 from .tracer import Tracer
 
 MAX_SIGNATURES = 16
 """Signatures that one module remembers; further ones run the original forward."""
+
+MAX_ENTRIES = 4
+"""Kinds of calls that are tried before the signature is looked up: training, evaluation, a prompt, a token."""
 
 
 @dataclass(eq=False)
@@ -59,6 +59,11 @@ class Program:
     changed: bool = False  # whether the graph is another than the one that was captured
     before: tuple[Line, ...] = ()  # the code of the graph before it was rewritten
     costs: list[Cost] = field(default_factory=list)  # of each match
+    conditions: list[str] = field(default_factory=list)  # of the guard, on the inputs
+    entries: dict[tuple, Callable | None] = field(default_factory=dict)  # by kind of call
+
+    def __post_init__(self) -> None:
+        self.defers_logits = any(node.target is deferred_logits for node in self.capture.graph.nodes)
 
     def __deepcopy__(self, memo: dict) -> Program:
         return self  # immutable; holds nothing of the module that it runs on
@@ -110,11 +115,13 @@ class Session:
         matches = matches[: self.limit]
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
-        guard = _guard(capture, bool(chosen))
+        conditions = size_conditions(capture, bool(chosen))
+        guard = guard_of(capture, conditions)
         before, costs = listing(capture.graph), [cost(match) for match in matches]
         changed = rewrite(capture.graph, matches)
         function, code = compile_graph(capture.graph)
-        return Program(capture, guard, matches, near, function, code, frozenset(chosen), changed, before, costs)
+        chosen = frozenset(chosen)
+        return Program(capture, guard, matches, near, function, code, chosen, changed, before, costs, conditions)
 
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
         """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
@@ -179,6 +186,7 @@ class OptimizedModule(GraphModule):
             new.before, new.costs = old.before, old.costs
             new.function, new.code = compile_graph(self.graph)
             self.__dict__["_ligerfx_program"] = new
+            self.__dict__["_ligerfx_entries"] = ()
             self.__dict__["_ligerfx_edited"] = True  # its caller must call it
             for programs in self._ligerfx_programs.values():
                 programs[:] = [new if p is old else p for p in programs]
@@ -249,18 +257,26 @@ def optimized_class(cls: type) -> type:
             from .compiled import learn  # imports the compiler, which `import ligerfx` must not
 
             learn()
+        else:
+            for entry in self.__dict__["_ligerfx_entries"]:
+                out = entry(self, args, kwargs)
+                if out is not MISS:
+                    return out
         program, leaves = find_program(self, args, kwargs)
-        if program is None or program.function is None:
+        if program is None:
+            return cls.forward(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _remember(self, program, cls.forward, args, kwargs)
+        if program.function is None:
             return cls.forward(self, *args, **kwargs)
         capture = program.capture
+        given = [leaves[i] for i in capture.leaves]
         if capture.grad_enabled is None:
-            out = program.function(self, *[leaves[i] for i in capture.leaves])
+            out = program.function(self, *given)
         else:
             with torch.set_grad_enabled(capture.grad_enabled):
-                out = program.function(self, *[leaves[i] for i in capture.leaves])
-        if not torch.is_grad_enabled() and is_fully_sharded(self):  # whose whole weights may be freed now
-            return tree_map_only(DeferredTensor, DeferredTensor.materialize, out)
-        return out
+                out = program.function(self, *given)
+        return settled_if_sharded(self, out) if program.defers_logits else out
 
     body = {
         "forward": forward,
@@ -277,16 +293,13 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
     module.__dict__["_ligerfx_session"] = session
     module.__dict__["_ligerfx_program"] = program
     module.__dict__["_ligerfx_programs"] = {program.capture.key: [program]} if program.function else {}
+    module.__dict__["_ligerfx_entries"] = ()
 
 
 def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
     """The program that serves this call, learnt now if need be; None for the original forward."""
     key, leaves = call_key(args, kwargs)
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        key = (
-            *key,
-            *(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cuda", "cpu")),
-        )
+    key = (*key, *autocast_key())
     programs = module._ligerfx_programs
     known = programs.get(key)
     if known is not None:
@@ -312,6 +325,18 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     warn_of_full_logits(module, program)
     # A capture that does not even serve the call that it was made for must not run.
     return (program if program.guard(module, leaves) else None), leaves
+
+
+def _remember(module: OptimizedModule, program: Program, forward: Callable, args: tuple, kwargs: dict) -> None:
+    """Lets the next call like this one take the short way."""
+    if "_ligerfx_edited" in module.__dict__:
+        return
+    kind = structure(module), call_key(args, kwargs)[0], len(args), autocast_key()
+    if kind not in program.entries:
+        program.entries[kind] = entry_for(program, module, forward, args, kwargs)
+    if entry := program.entries[kind]:
+        known = module.__dict__["_ligerfx_entries"]
+        module.__dict__["_ligerfx_entries"] = (entry, *(e for e in known if e is not entry))[:MAX_ENTRIES]
 
 
 def _is_only_returned(node: Node) -> bool:
@@ -350,74 +375,6 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
     namespace = dict(source.globals)
     exec(compile(source.src, "<ligerfx graph>", "exec"), namespace)
     return namespace["forward"], source.src
-
-
-def _guard(capture: Capture, dissolved_some: bool) -> Callable[[nn.Module, list], bool]:
-    """A function of (module, leaves) that says whether the capture serves a call with the same key.
-
-    Checked are the sizes of tensors that the graph itself works on, numbers that the model computed with,
-    attributes that its Python code read, and the modules that have no call of their own in the graph. Where calls
-    were dissolved, a size of 1 stays 1: torch broadcasts it, and so a size of what lies between the modules, on which
-    the graph of the next one rests, may be 1 as well. (By itself, that one compares the sizes that it is given.)
-    """
-    conditions: list[str] = []
-    names: dict[str, Any] = {"stands_for": stands_for}
-    sizes: dict[sympy.Expr, str] = {}
-    before: dict[sympy.Expr, str] = {}  # the same, by what sizes were called until a guard named their value
-    first: dict[int, int] = {}
-    for index, value in enumerate(capture.leaf_values):
-        if isinstance(value, (TracedInt, TracedFloat)):
-            if value.used:
-                conditions.append(f"x[{index}] == {plain(value)!r}")
-        elif isinstance(value, torch.Tensor):
-            if id(value) in first:
-                conditions.append(f"x[{index}] is x[{first[id(value)]}]")
-                continue
-            first[id(value)] = index
-            if index in capture.passed_on:
-                continue  # whoever gets it looks at its sizes; a guard may still refer to them
-            for dim, size in enumerate(value.shape):
-                expr, here = expression(size), f"x[{index}].shape[{dim}]"
-                before.setdefault(first_expression(size), here)
-                if expr.is_Integer:
-                    conditions.append(f"{here} == {int(expr)}")
-                elif expr in sizes:
-                    conditions.append(f"{here} == {sizes[expr]}")
-                else:
-                    sizes[expr] = here
-                    if dissolved_some and size.node.hint == 1:
-                        conditions.append(f"{here} == 1")
-    for index in capture.passed_on:
-        for dim, size in enumerate(getattr(capture.leaf_values[index], "shape", ())):
-            sizes.setdefault(expression(size), f"x[{index}].shape[{dim}]")
-            before.setdefault(first_expression(size), f"x[{index}].shape[{dim}]")
-    sizes = before | sizes
-    for expr in dict.fromkeys(capture.guards):
-        if not expr.free_symbols <= sizes.keys():
-            raise CaptureError(f"depends on {expr}, which does not follow from the sizes of its inputs")
-        text = PythonPrinter().doprint(expr)
-        arguments = ", ".join(str(s) for s in expr.free_symbols)
-        conditions.append(f"(lambda {arguments}: {text})({', '.join(sizes[s] for s in expr.free_symbols)})")
-    modules: list[str] = []
-    for number, (path, known) in enumerate(capture.absorbed.items()):
-        names[f"known{number}"] = known
-        modules.append(f"stands_for({_module(path)}, *known{number})")
-    for number, read in enumerate(capture.reads):
-        names[f"read{number}"] = read.settled()
-        modules.append(f"read{number}.same({_module(read.path)})")
-    holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
-
-    def guard(module: nn.Module, leaves: list) -> bool:
-        try:
-            return holds(module, leaves)
-        except (AttributeError, KeyError):  # a module inside is gone
-            return False
-
-    return guard
-
-
-def _module(path: str) -> str:
-    return "m" + "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
 
 
 def _rebuild(cls: type, state: dict[str, Any], patterns: list[tuple], verify: bool) -> OptimizedModule:

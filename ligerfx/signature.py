@@ -25,6 +25,13 @@ def call_key(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[Any]]:
     return tuple(key), leaves
 
 
+def autocast_key() -> tuple:
+    """What autocast adds to the key: its dtype on each device, if it is on."""
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cuda", "cpu"))
+    return ()
+
+
 def _flatten(value: Any, key: list, leaves: list) -> None:
     if isinstance(value, torch.Tensor):
         key.append((value.dtype, value.ndim, value.device))

@@ -75,10 +75,13 @@ class FakeInputs:
     Sizes 0 and 1 are ordinary sizes, so a capture made with batch 2 serves batch 1.
     """
 
-    def __init__(self) -> None:
-        self.shape_env = _Sizes(specialize_zero_one=False, duck_shape=True)
-        self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        self.mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
+    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+        if mode is None:
+            mode = FakeTensorMode(
+                shape_env=_Sizes(specialize_zero_one=False, duck_shape=True), allow_non_fake_inputs=True
+            )
+            mode.cache_enabled = False  # each op runs once or twice: filling the cache costs more than it saves
+        self.mode, self.shape_env = mode, mode.shape_env
         self.proofs: Any = None  # what patterns compute on inputs like these, which many places share
         self.results: dict[Any, Any] = {}  # of operations on fakes like these; see `shapes`
         self._sizes: dict[int, torch.SymInt] = {}
@@ -96,9 +99,7 @@ class FakeInputs:
     def size(self, hint: int) -> torch.SymInt:
         """The symbol for an input size whose value is `hint`."""
         if hint not in self._sizes:
-            source = SizeSource(f"size_{hint}")
-            symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
-            self._sizes[hint] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+            self._sizes[hint] = self._new_size(hint, f"size_{hint}")
         return self._sizes[hint]
 
     def knows_sizes(self, fake: torch.Tensor) -> bool:
@@ -107,6 +108,11 @@ class FakeInputs:
 
     def knows_size(self, size: int | torch.SymInt) -> bool:
         return all(symbol in self.shape_env.backed_var_to_val for symbol in expression(size).free_symbols)
+
+    def _new_size(self, hint: int, name: str) -> torch.SymInt:
+        source = SizeSource(name)
+        symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
+        return self.shape_env.create_symintnode(symbol, hint=hint, source=source)
 
     def of_expression(self, size: sympy.Expr | int) -> torch.SymInt | int:
         """The size that an expression over the symbols stands for."""
@@ -118,9 +124,7 @@ class FakeInputs:
     def own_size(self, size: int | torch.SymInt) -> torch.SymInt:
         """A symbol that no other size is equal to, for a number, or for a size that depends on the data."""
         hint = size if type(size) is int else UNKNOWN
-        source = SizeSource(f"own_size_{len(self.shape_env.backed_var_to_val)}")
-        symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)
-        return self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        return self._new_size(hint, f"own_size_{len(self.shape_env.backed_var_to_val)}")
 
     def tensor(self, value: torch.Tensor, static_rows: bool = False) -> torch.Tensor:
         """A fake of `value`: sizes become symbols, except the width of hidden states (the last of three or

@@ -68,7 +68,7 @@ _REFLECTED_OPERATORS: dict[str, Callable] = {
 _COUNTING = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "__iter__", "squeeze"}
 """Operations for which a size decides how many tensors they give, or of what rank: their guards count."""
 _MEASURING = {"size", "numel", "nelement", "__len__", "stride"}
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
+CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"}
 
 
 class _Frame:
@@ -256,7 +256,7 @@ class Tracer(TorchFunctionMode):
         else:
             with self.fakes.shape_env.suppress_guards():
                 out = self._shapes.run(func, name, args, kwargs)
-        if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in _CASTS and out is args[0])):
+        if not works_in_place(name, kwargs) and (not _holds_tensor(out) or (name in CASTS and out is args[0])):
             return out
         frame = self.frames[-1]
         frame.recorded_modes.add(_mode())
@@ -394,11 +394,15 @@ class Tracer(TorchFunctionMode):
         return out
 
     def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._pause():
-            out = torch.empty_like(key), torch.empty_like(value)
         frame = self.frames[-1]
+        with self._pause():
+            length = self.fakes.own_size(_cached_length(frame, key))
+            out = tuple(t.new_empty((*t.shape[:-2], length, t.shape[-1])) for t in (key, value))
         args = [self._handed_on(frame, a) for a in args]
-        self._record(frame, "call_method", "update", (cache, key, value, *args), kwargs, out)
+        if self._record(frame, "call_method", "update", (cache, key, value, *args), kwargs, out) is not None:
+            size = functools.partial(frame.graph.call_method, "size")
+            frame.sizes[expression(length)] = lambda: size((frame.node_of(out[0]), -2))
+            frame.symbols |= symbols_of(length)
         return out
 
     def _handed_on(self, frame: _Frame, value: Any) -> Any:
@@ -504,9 +508,12 @@ class Tracer(TorchFunctionMode):
     def _bind_results(self, frame: _Frame, out: Any) -> None:
         """Lets sizes that come from a module that stays as it is be measured when it, or its caller, has run."""
         for value in tree_leaves(out):
-            if isinstance(value, torch.Tensor) and not symbols_of(value) <= frame.symbols:
-                bind_sizes(value, functools.partial(frame.node_of, value), frame.sizes)
-                frame.symbols |= symbols_of(value)
+            if isinstance(value, torch.Tensor):
+                with self._pause():  # looking at sizes here is not the model's doing
+                    symbols = symbols_of(value)
+                    if not symbols <= frame.symbols:
+                        bind_sizes(value, functools.partial(frame.node_of, value), frame.sizes)
+                        frame.symbols |= symbols
             elif isinstance(value, (TracedInt, TracedFloat)):
                 frame.numbers.append(value)
 
@@ -698,6 +705,14 @@ class Tracer(TorchFunctionMode):
                 with self._pause():
                     return capture, _fresh(capture.output, inputs, self.fakes)
         return None, None
+
+
+def _cached_length(frame: _Frame, key: torch.Tensor) -> int:
+    """A length for the keys that a cache gives back, which has more than it is given: the mask's, if there is one."""
+    sizes = [v.shape for v in frame.capture.leaf_values if isinstance(v, torch.Tensor) and v.ndim == 4]
+    masks = [s for s in sizes if expression(s[-2]) == expression(key.shape[-2])]
+    length = masks[0][-1] if masks else key.shape[-2]
+    return length.node.hint if isinstance(length, torch.SymInt) else length
 
 
 def _probed(layer: nn.Linear, forward: Callable, x: torch.Tensor) -> torch.Tensor:

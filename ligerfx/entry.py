@@ -1,0 +1,231 @@
+"""Entries: the short way from a call to the program that served the call before it.
+
+Which program serves a call is looked up by its signature and guards (`module.find_program`). For a small model that
+costs more than a graph saves. So a call that was served leaves an entry with the module: one function, written for
+just this kind of call, that checks the same in one go and runs the graph, or else gives `MISS`. What it checks is
+never less; where a check is not short, it makes the general one.
+
+The graph that it runs gets the modules that it calls as inputs, since they have been looked up already.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node, map_arg
+
+from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read
+from .deferred import settled_if_sharded
+from .signature import autocast_key
+
+if TYPE_CHECKING:
+    from .module import Program
+
+MISS = object()
+_ABSENT = object()
+
+
+class _NoEntry(Exception):
+    """There is no short way for such a call."""
+
+
+class _Source:
+    """The code of an entry under construction, and the objects that it names."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {}
+        self.modules: dict[str, str] = {"": "m"}  # what holds the module of a path
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def check(self, condition: str) -> None:
+        self.lines.append(f"if not ({condition}): return MISS")
+
+    def module(self, path: str) -> str:
+        if path not in self.modules:
+            outer, _, name = path.rpartition(".")
+            self.modules[path] = found = f"m{len(self.modules)}"
+            self.lines.append(f"{found} = {self.module(outer)}._modules[{name!r}]")
+        return self.modules[path]
+
+
+def entry_for(
+    program: Program, module: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Callable | None:
+    """A function of (module, args, kwargs) that does what `program` does for calls such as this one, of this module and
+    of modules like it, and gives MISS for others; None where one cannot be written.
+
+    `forward` is the original one, for a program without a graph.
+    """
+    source = _Source()
+    mode = autocast_key()
+    source.check(f"autocast_key() == {mode!r}" if mode else "not (autocast('cuda') or autocast('cpu'))")
+    try:
+        leaves = list(_arguments(source, args, kwargs))
+    except _NoEntry:
+        return None
+    source.lines.append(f"x = ({''.join(leaf + ', ' for leaf in leaves)})")
+    conditions = " and ".join(program.conditions)
+    for index in sorted({int(i) for i in re.findall(r"x\[(\d+)\]\.shape", conditions)}):
+        source.lines.append(f"s{index} = x[{index}].shape")
+    if conditions:
+        source.check(re.sub(r"x\[(\d+)\]\.shape", r"s\1", conditions))
+    if program.capture.error is None:
+        _check_modules(source, program, module)
+    if program.function is None:
+        result = "forward(m, *args, **kwargs)"
+    else:
+        graph, paths = _with_modules_as_inputs(program.capture.graph, program.capture.absorbed)
+        given = [f"x[{i}]" for i in program.capture.leaves] + [source.module(path) for path in paths]
+        result = f"run({', '.join(['m', *given])})"
+        source.names["run"] = _function(graph)
+    if program.defers_logits:
+        result = f"settled_if_sharded(m, {result})"
+    grad = program.capture.grad_enabled
+    text = "\n        ".join(["def entry(m, args, kwargs):\n    try:", *source.lines])
+    text += "\n    except (AttributeError, KeyError): return MISS\n"
+    text += f"    return {result}" if grad is None else f"    with set_grad_enabled({grad}): return {result}"
+    names = {
+        **source.names, "MISS": MISS, "Tensor": torch.Tensor, "autocast": torch.is_autocast_enabled,
+        "autocast_key": autocast_key, "torch": torch, "attribute_of": object.__getattribute__, "forward": forward,
+        "absent": _ABSENT, "settled_if_sharded": settled_if_sharded, "set_grad_enabled": torch.set_grad_enabled,
+    }  # fmt: skip
+    exec(compile(text, "<ligerfx entry>", "exec"), names)
+    return names["entry"]
+
+
+def _arguments(source: _Source, args: tuple, kwargs: dict[str, Any]) -> Iterator[str]:
+    """Checks what `signature.call_key` makes a key of; gives the leaves."""
+    source.check(f"len(args) == {len(args)} and len(kwargs) == {len(kwargs)}")
+    for index, value in enumerate(args):
+        yield from _argument(source, f"args[{index}]", value)
+    for name, value in kwargs.items():
+        yield from _argument(source, f"kwargs[{name!r}]", value)
+
+
+def _argument(source: _Source, where: str, value: Any) -> Iterator[str]:
+    if value is None or isinstance(value, bool):
+        source.check(f"{where} is {value}")
+        return
+    name = f"a{len(source.lines)}"
+    source.lines.append(f"{name} = {where}")
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        dtype, device = source.constant(value.dtype), source.constant(value.device)
+        same = f"{name}.dtype is {dtype} and {name}.ndim == {value.ndim} and {name}.device == {device}"
+        source.check(f"isinstance({name}, Tensor) and {same}")
+        yield name
+    elif isinstance(value, (str, torch.dtype, torch.device)):
+        source.check(f"type({name}) is {source.constant(kind)} and {name} == {source.constant(value)}")
+    elif kind in (tuple, list, torch.Size):
+        source.check(f"type({name}) is {source.constant(kind)} and len({name}) == {len(value)}")
+        for index, item in enumerate(value):
+            yield from _argument(source, f"{name}[{index}]", item)
+    elif kind is dict:
+        source.check(f"type({name}) is dict and tuple({name}) == {source.constant(tuple(value))}")
+        for key, item in value.items():
+            yield from _argument(source, f"{name}[{source.constant(key)}]", item)
+    elif isinstance(value, torch.SymInt) or hasattr(value, "_ligerfx_stands_for"):
+        raise _NoEntry
+    else:  # a number, or a foreign object
+        source.check(f"type({name}) is {source.constant(kind)}")
+        yield name
+
+
+def _check_modules(source: _Source, program: Program, module: nn.Module) -> None:
+    """Checks what `guard.guard_of` checks of modules and their attributes."""
+    absorbed = program.capture.absorbed
+    if absorbed:
+        tables = [source.constant(table) for table in GLOBAL_HOOKS]
+        source.check(f"not ({' or '.join(tables)})")
+    for path, (_, *known) in absorbed.items():
+        _check_stands_for(source, path, module.get_submodule(path), *known)
+    for read in map(Read.settled, program.capture.reads):
+        owner = source.module(read.path)
+        general = f"{source.constant(read)}.same({owner})"
+        value = source.constant(read.value)
+        if type(read) is not Read:
+            source.check(general)
+        elif not read.can_change:
+            source.check(f"{owner}.__dict__.get({read.name!r}, absent) is {value} or {general}")
+        elif isinstance(read.state, dict) and not isinstance(read.value, dict):  # a configuration
+            # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
+            kind, state = source.constant(type(read.value)), source.constant(read.state)
+            source.lines.append(f"v = {owner}.__dict__[{read.name!r}]")
+            source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {state}")
+        else:
+            source.check(general)
+
+
+def _check_stands_for(
+    source: _Source, path: str, module: nn.Module, parameters: tuple[str, ...], methods: tuple[str, ...] = ()
+) -> None:
+    """`capture.stands_for`, of a module like this one, for which that holds, and whose parameters are where nn.Module
+    keeps them. Global hooks are checked elsewhere."""
+    source.lines.append(f"d = {source.module(path)}.__dict__")
+    source.lines.append("t = d['_parameters']")
+    wrong = [f"type({source.module(path)}) is not {source.constant(type(module))}"]
+    wrong += [f"d[{name!r}]" for name in OWN_HOOKS]
+    wrong += [f"{name!r} in d" for name in ("forward", "_ligerfx_edited", *methods)]
+    wrong += [f"len(t) != {len(module._parameters)}"]
+    wrong += [f"(t[{name!r}] is None) is {value is not None}" for name, value in module._parameters.items()]
+    source.lines.append(f"if {' or '.join(wrong)}: return MISS")
+
+
+def _with_modules_as_inputs(graph: Graph, absorbed: dict[str, tuple]) -> tuple[Graph, list[str]]:
+    """A copy of the graph that gets modules as further inputs, and their paths; `self` is its first input still."""
+    new = Graph()
+    values: dict[Node, Node] = {}
+    inputs: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = new.node_copy(node)
+
+    def module(path: str) -> Node:
+        if path not in inputs:
+            inputs[path] = new.placeholder("module_" + path.replace(".", "_"))
+        return inputs[path]
+
+    wanted = [_module_of(node, absorbed) for node in graph.nodes]
+    for path in dict.fromkeys(p for p in wanted if p is not None):
+        module(path)
+    for node, path in zip(graph.nodes, wanted, strict=True):
+        if node.op == "placeholder":
+            continue
+        if path is None:
+            values[node] = new.node_copy(node, values.__getitem__)
+        elif node.op == "call_module":
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = new.call_method("__call__", (module(path), *args), kwargs)
+        elif path == node.target:
+            values[node] = module(path)
+        else:
+            table = new.call_function(getattr, (module(path), "_parameters"))
+            values[node] = new.call_function(operator.getitem, (table, node.target.rpartition(".")[2]))
+    return new, list(inputs)
+
+
+def _module_of(node: Node, absorbed: dict[str, tuple]) -> str | None:
+    """The module that a node calls, is, or has as a parameter that it was checked to have; None for other nodes."""
+    if node.op == "call_module" or (node.op == "get_attr" and isinstance(node.meta.get("val"), nn.Module)):
+        return None if node.target == "itself" else node.target
+    if node.op != "get_attr":
+        return None
+    owner, _, name = node.target.rpartition(".")
+    return owner if owner in absorbed and name in absorbed[owner][1] else None
+
+
+def _function(graph: Graph) -> Callable:
+    source = graph.python_code("self")
+    names = dict(source.globals)
+    exec(compile(source.src, "<ligerfx entry>", "exec"), names)
+    return names["forward"]

@@ -66,8 +66,9 @@ class Read:
 
     def same(self, module: nn.Module) -> bool:
         """Whether `module` still has the attribute as it was read."""
-        value = module.__dict__.get(self.name, _MISSING)
-        if value is _MISSING:
+        if self.name in module.__dict__:
+            value = module.__dict__[self.name]
+        else:
             value = getattr(type(module), self.name, _MISSING)
         if self.state is not None:
             return type(value) is type(self.value) and _equal(_content(value), self.state)

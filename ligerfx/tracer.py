@@ -717,10 +717,13 @@ def _cached_length(frame: _Frame, key: torch.Tensor) -> int:
 
 def _probed(layer: nn.Linear, forward: Callable, x: torch.Tensor) -> torch.Tensor:
     """The fake result of a linear layer that does not run on fakes (quantised weights are more than a tensor). Only
-    its dtype is not known beforehand: the layer itself is asked, with two rows of zeros."""
+    its dtype is not known beforehand: the layer itself is asked, with two rows of zeros. They require a gradient:
+    for inputs that do not, bitsandbytes on some CPUs repacks the weights of a model in evaluation, for good and without
+    a backward."""
     with _disable_current_modes(), _pop_mode_temporarily(), torch.no_grad():
         width = x.shape[-1].node.hint if isinstance(x.shape[-1], torch.SymInt) else x.shape[-1]
-        dtype = forward(layer, torch.zeros(2, width, dtype=x.dtype, device=x.device)).dtype
+        zeros = torch.zeros(2, width, dtype=x.dtype, device=x.device, requires_grad=True)
+        dtype = forward(layer, zeros).dtype
     return x.new_empty((*x.shape[:-1], layer.out_features), dtype=dtype)
 
 

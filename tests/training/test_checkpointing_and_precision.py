@@ -46,10 +46,11 @@ def saved_bytes(model, inputs):
     return sum(size for address, size in storages.items() if address not in known)
 
 
-def test_no_more_is_saved_for_the_backward(model, learnt, inputs):
+def test_no_more_is_saved_for_the_backward(model, learnt, inputs, device):
     """Of the kernels themselves, in the interpreter where there is no GPU."""
     pytest.importorskip("triton", reason="needs Triton")
-    original, optimised = copy.deepcopy(model), copy.deepcopy(learnt)
+    original, optimised = copy.deepcopy(model).to(device), copy.deepcopy(learnt).to(device)
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     plain = saved_bytes(original, inputs), saved_bytes(optimised, inputs)
     assert plain[1] < 0.8 * plain[0]
     for reentrant in (False, True):

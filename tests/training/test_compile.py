@@ -85,6 +85,23 @@ def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
     )  # a layer's q, k, v; rotation; gate, up; down: twice; the head
 
 
+def test_without_gradients_the_compiler_gets_the_plain_operations(device):
+    """All but the loss, which never makes the logits."""
+    model, inputs = on(device, "llama")
+    optimised = ligerfx.optimize(model)
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        optimised(**inputs)
+        for more, heads in (({}, 0), ({"labels": labels}, 1)):
+            torch.compiler.reset()
+            backend = Recorded()
+            found = torch.compile(optimised, backend=backend, fullgraph=True)(**inputs, **more)
+            expected = model(**inputs, **more)
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+            assert backend.count("rsqrt") == 5
+            assert backend.count("ligerfx.linear_cross_entropy") + backend.count("autograd_function_apply") == heads
+
+
 def test_logits_of_a_compiled_model_stay_deferred_and_have_no_gradient(device):
     model, inputs = on(device, "llama")
     compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager", fullgraph=True)

@@ -40,6 +40,11 @@ class Guesses:
             self._given[id(fake)] = given
             self._alive.append(fake)
 
+    def forget(self) -> None:
+        """Lets go of the example inputs and of what was computed from them, whoever keeps this."""
+        for known in (self._given, self._values, self._symbolic, self._alive):
+            known.clear()
+
     def symbolic(self, fake: torch.Tensor) -> torch.Tensor:
         """A fake like one whose sizes are numbers, with symbols instead."""
         if id(fake) not in self._symbolic:

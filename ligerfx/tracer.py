@@ -167,6 +167,8 @@ class Tracer(TorchFunctionMode):
                 shadow_root(*args, **kwargs)
             except Exception as error:  # the graph of every finished module is still good
                 self._root_capture.error = self._root_capture.error or describe_error(error)
+            finally:
+                self.guesses.forget()
         return self._root_capture
 
     def _fake_call(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -1,5 +1,7 @@
 """Modules that stay as they are because their Python code looks at data: the modules inside and around are captured."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -113,3 +115,12 @@ def test_values_are_known_as_far_as_the_example_inputs_tell():
         mixed = run(torch.Tensor.add, "add", unknown, row)
         assert run(torch.Tensor.__bool__, "__bool__", mixed) is False
     assert grid.tolist() == [[1, 4, 6]]  # what was given is as it was
+
+
+def test_a_capture_lets_go_of_the_inputs_that_it_looked_at():
+    optimised = ligerfx.optimize(Norm(), (torch.randn(2, 3, H),))
+    x = torch.randn(2, 3, H, dtype=torch.bfloat16)  # another kind of call: captured now
+    seen = weakref.ref(x)
+    optimised(x)
+    del x
+    assert seen() is None

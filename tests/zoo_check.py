@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ligerfx
 
 SHAPE, OTHER_SHAPE = (2, 9), (3, 14)
-BATCHES = 4
+BATCHES, MOST_BATCHES = 4, 64
 TIGHT = 1e-5
 """Relative to the largest element: the tolerance of fp32 where the bits differ."""
 
@@ -58,14 +58,14 @@ def check(name: str, zoo: ModuleType = causal) -> dict[str, Any]:
     }
     result["near_misses"] = sorted({(m.pattern, _folded(m.module), m.source, m.reason) for m in report.near_misses})
 
-    result["fp32"] = differences(expected, run(optimised, inputs))
+    result["fp32"] = beyond_rounding(model, inputs, expected, run(optimised, inputs))
     other = zoo.example(model, *OTHER_SHAPE, seed=1)
     try:
         expected_other = run(model, other)
     except Exception as error:
         result["other_shape"] = f"the model itself fails: {type(error).__name__}: {str(error)[:200]}"
     else:
-        result["other_shape"] = differences(expected_other, run(optimised, other))
+        result["other_shape"] = beyond_rounding(model, other, expected_other, run(optimised, other))
     result["recaptured"] = sum(map(len, optimised._ligerfx_programs.values())) > 1
     if hasattr(zoo, "text_example"):
         result["text_alone"] = _text_alone(model, optimised, zoo.text_example(model, *SHAPE))
@@ -99,7 +99,7 @@ def _text_alone(model: nn.Module, optimised: nn.Module, text: dict[str, Any]) ->
         expected = run(model, text)
     except Exception as error:
         return f"the model itself fails: {type(error).__name__}: {str(error)[:200]}"
-    return differences(expected, run(optimised, text))
+    return beyond_rounding(model, text, expected, run(optimised, text))
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -136,6 +136,26 @@ def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[s
     return wrong
 
 
+def beyond_rounding(
+    model: nn.Module, inputs: dict[str, Any], expected: dict[str, Tensor], found: dict[str, Tensor]
+) -> dict[str, float | str]:
+    """`differences`, less those of values that are rounding errors in the original itself (the gradient of a bias of
+    keys is zero): a run in double precision tells, from which `found` may be twice as far as the original."""
+    off = differences(expected, found)
+    if not any(isinstance(amount, float) for amount in off.values()):
+        return off
+    exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+    try:
+        truth = run(copy.deepcopy(model).double(), exact)
+    except Exception:  # some operations have no double precision
+        return off
+
+    def error(values: dict[str, Tensor], name: str) -> float:
+        return (values[name].double() - truth[name].double()).norm().item()
+
+    return {n: e for n, e in off.items() if isinstance(e, str) or error(found, n) > 2 * error(expected, n)}
+
+
 def low_precision(name: str, inputs: dict[str, Any], zoo: ModuleType) -> dict[str, Any]:
     """Errors in bf16 of the optimised model and of the original, both against fp32, over all gradients together."""
     original = zoo.build(name, torch.bfloat16)
@@ -151,16 +171,19 @@ def low_precision(name: str, inputs: dict[str, Any], zoo: ModuleType) -> dict[st
     ours = run(optimised, inputs)
     if eager.keys() == ours.keys() and all(torch.equal(eager[n], ours[n]) for n in eager):
         return {"same bits": True}
-    squares = []
-    for seed in range(BATCHES):  # one batch may by chance be closer in one of them
-        batch = zoo.example(original, *SHAPE, seed=seed)
-        truth = run(truth_model, batch)
-        squares.append([_errors(run(candidate, batch), truth) for candidate in (original, optimised)])
-    eager_errors, our_errors = (
-        {kind: (sum(pair[i][kind] ** 2 for pair in squares) / BATCHES) ** 0.5 for kind in squares[0][i]}
-        for i in range(2)
-    )
-    ratio = {kind: our_errors[kind] / max(eager_errors[kind], 1e-3) for kind in eager_errors}
+    squares: list[list[dict[str, float]]] = []
+    ratio: dict[str, float] = {}
+    # One batch may by chance be closer in one of them, and a loss is a single number: in doubt, more are asked.
+    while not squares or (len(squares) < MOST_BATCHES and max(ratio.values()) > 1.1):
+        for seed in range(len(squares), max(BATCHES, 4 * len(squares))):
+            batch = zoo.example(original, *SHAPE, seed=seed)
+            truth = run(truth_model, batch)
+            squares.append([_errors(run(candidate, batch), truth) for candidate in (original, optimised)])
+        eager_errors, our_errors = (
+            {kind: (sum(pair[i][kind] ** 2 for pair in squares) / len(squares)) ** 0.5 for kind in squares[0][i]}
+            for i in range(2)
+        )
+        ratio = {kind: our_errors[kind] / max(eager_errors[kind], 1e-3) for kind in eager_errors}
     return {"eager": eager_errors, "ours": our_errors, "ratio": ratio}
 
 

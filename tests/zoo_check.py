@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ligerfx
 
 SHAPE, OTHER_SHAPE = (2, 9), (3, 14)
-BATCHES, MOST_BATCHES = 4, 64
+BATCHES, MOST_BATCHES = 4, 256
 TIGHT = 1e-5
 """Relative to the largest element: the tolerance of fp32 where the bits differ."""
 

@@ -10,7 +10,6 @@ The graph that it runs gets the modules that it calls as inputs, since they have
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -209,8 +208,8 @@ def _with_modules_as_inputs(graph: Graph, absorbed: dict[str, tuple]) -> tuple[G
         elif path == node.target:
             values[node] = module(path)
         else:
-            table = new.call_function(getattr, (module(path), "_parameters"))
-            values[node] = new.call_function(operator.getitem, (table, node.target.rpartition(".")[2]))
+            # Not from its table of parameters: FSDP1 keeps whole weights beside it.
+            values[node] = new.call_function(getattr, (module(path), node.target.rpartition(".")[2]))
     return new, list(inputs)
 
 

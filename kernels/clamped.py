@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from ._operators import operator
 from ._runtime import as_rows, jit, launch_device, tl, triton, use_triton
-from .gated import grid_of
+from .gated import check_gate_and_up, check_gate_up, grid_of
 
 
 def clamped_glu_reference(
@@ -219,25 +219,19 @@ class _ClampedGLU(torch.autograd.Function):
         return (*(next(grads) if need else None for need in (need_gate, need_up)), *[None] * len(ctx.options))
 
 
-def _check_limit(op: str, limit: float, *tensors: torch.Tensor) -> None:
+def _check_limit(op: str, limit: float) -> None:
     if not limit > 0:
         raise ValueError(f"{op}: limit must be positive, got {limit}")
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: expected floating-point inputs, got {tensor.dtype}")
 
 
 def _check(gate: torch.Tensor, up: torch.Tensor, limit: float) -> None:
-    _check_limit("clamped_glu", limit, gate, up)
-    if gate.dim() == 0 or gate.shape != up.shape:
-        shapes = f"{tuple(gate.shape)} and {tuple(up.shape)}"
-        raise ValueError(f"clamped_glu: gate and up must have one shape [..., I], got {shapes}")
+    _check_limit("clamped_glu", limit)
+    check_gate_and_up("clamped_glu", gate, up)
 
 
 def _check_packed(gate_up: torch.Tensor, limit: float) -> None:
-    _check_limit("packed_clamped_glu", limit, gate_up)
-    if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"packed_clamped_glu: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}")
+    _check_limit("packed_clamped_glu", limit)
+    check_gate_up("packed_clamped_glu", gate_up)
 
 
 def clamped_glu(

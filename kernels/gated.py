@@ -219,24 +219,37 @@ class _GLU(torch.autograd.Function):
         return dgate, dup, None
 
 
-def _check_activation(op: str, activation: str | Activation, *tensors: torch.Tensor) -> None:
+def _check_activation(op: str, activation: str | Activation) -> None:
     if not isinstance(activation, Activation) and activation not in IN_TORCH:
         raise ValueError(f"{op}: activation must be one of {', '.join(IN_TORCH)}, got {activation!r}")
+
+
+def _check_floating(op: str, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: expected floating-point inputs, got {tensor.dtype}")
 
 
 def check_glu(op: str, gate: torch.Tensor, up: torch.Tensor, activation: str | Activation) -> None:
-    _check_activation(op, activation, gate, up)
+    _check_activation(op, activation)
+    check_gate_and_up(op, gate, up)
+
+
+def check_packed_glu(op: str, gate_up: torch.Tensor, activation: str | Activation) -> None:
+    _check_activation(op, activation)
+    check_gate_up(op, gate_up)
+
+
+def check_gate_and_up(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
+    _check_floating(op, gate, up)
     if gate.dim() == 0 or gate.shape != up.shape:
         raise ValueError(
             f"{op}: gate and up must have one shape [..., I], got {tuple(gate.shape)} and {tuple(up.shape)}"
         )
 
 
-def check_packed_glu(op: str, gate_up: torch.Tensor, activation: str | Activation) -> None:
-    _check_activation(op, activation, gate_up)
+def check_gate_up(op: str, gate_up: torch.Tensor) -> None:
+    _check_floating(op, gate_up)
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"{op}: the last dim of gate_up must be even, got shape {tuple(gate_up.shape)}")
 

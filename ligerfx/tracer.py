@@ -402,9 +402,7 @@ class Tracer(TorchFunctionMode):
             out = tuple(t.new_empty((*t.shape[:-2], length, t.shape[-1])) for t in (key, value))
         args = [self._handed_on(frame, a) for a in args]
         if self._record(frame, "call_method", "update", (cache, key, value, *args), kwargs, out) is not None:
-            size = functools.partial(frame.graph.call_method, "size")
-            frame.sizes[expression(length)] = lambda: size((frame.node_of(out[0]), -2))
-            frame.symbols |= symbols_of(length)
+            self._bind_results(frame, out)
         return out
 
     def _handed_on(self, frame: _Frame, value: Any) -> Any:

@@ -626,21 +626,6 @@ def _before_split(x: Node) -> Node | None:
     return x.args[0] if same else None
 
 
-@_rule("stack")
-def _stack(c: Canonicalizer, node: Node, tensors: Sequence[Node], dim: int = 0) -> sympy.Expr:
-    rank, dtype = node.meta["val"].ndim, node.meta["val"].dtype
-    values = [c.widened(c.value(t), t.meta["val"].dtype, dtype) for t in tensors]
-    return c.term(node, "stack", (dim % rank - rank,), *values)
-
-
-@_rule("repeat_interleave")
-def _repeat_interleave(c: Canonicalizer, node: Node, x: Node, repeats: Any, dim: Any = None, **_: Any) -> Any:
-    rank = x.meta["val"].ndim
-    if type(repeats) is not int or dim is None or dim % rank != rank - 1:
-        return None
-    return c.term(node, "interleave", (), *[c.value(x)] * repeats)
-
-
 @_rule("view_as_complex")
 def _view_as_complex(c: Canonicalizer, node: Node, x: Node) -> sympy.Expr:
     term = c.terms.terms.get(c.value(x))

@@ -117,13 +117,13 @@ def grid_of(n_rows: int, n_cols: int) -> tuple[int, int, int]:
     return n_rows * col_blocks, col_blocks, block
 
 
-def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """gate and up; where there is no up, gate is both of them, packed."""
     return gate.chunk(2, dim=-1) if up is None else (gate, up)
 
 
 def _glu_result(gate, up, activation):
-    gate, up = _halves(gate, up)
+    gate, up = halves(gate, up)
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     return torch.empty(gate.shape, dtype=dtype, device=gate.device)
 
@@ -132,7 +132,7 @@ def _glu_result(gate, up, activation):
 def glu_forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
     """act(gate) * up by the kernel; not differentiable. gate is the packed gate and up if up is None."""
     y = _glu_result(gate, up, activation)
-    gate, up = _halves(gate, up)
+    gate, up = halves(gate, up)
     if gate.is_contiguous() and up.is_contiguous():
         n_rows, n_cols, strides = 1, y.numel(), (0, 0, 0)
     else:
@@ -184,7 +184,7 @@ def _backward(dy, gate, up, activation, need_gate, need_up, need_z, over_dy=True
     dgate, dup, z = (next(grads) if need else None for need in (need_gate, need_up, need_z))
     if up is None and need_gate:
         dgate, dup = dgate.view(-1, dgate.shape[-1]).chunk(2, dim=-1)
-    gate, up = _halves(gate, up)
+    gate, up = halves(gate, up)
     tensors = dy, gate, up, dgate, dup, z
     if all(t is None or t.is_contiguous() for t in tensors):
         n_rows, n_cols, strides = 1, gate.numel(), (0,) * 6

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import _hopper
 from ._activations import Activation, key_of
 from ._linear import check_linear, is_plain_linear, no_autocast
-from ._runtime import autocast_dtype, use_triton
+from ._operators import operator
+from ._runtime import as_rows, autocast_dtype, use_triton
 from .gated import (
     check_glu,
     check_packed_glu,
@@ -18,6 +20,7 @@ from .gated import (
     glu,
     glu_backward,
     glu_forward,
+    halves,
     packed_glu,
 )
 
@@ -70,6 +73,32 @@ def _unfused(gate, up, weight, bias, activation):
     return F.linear(z, weight, bias)
 
 
+def _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, need_z):
+    grads = [(gate, need_gate), (up, need_up)]
+    results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in grads if need]
+    return results + [torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype, device=dy.device)] * need_z
+
+
+@operator(
+    "glu_linear_backward(Tensor dy, Tensor weight, Tensor gate, Tensor? up, str activation, bool need_gate,"
+    " bool need_up, bool need_z) -> Tensor[]",
+    _gradients_results,
+)
+def _gradients(dy, weight, gate, up, activation, need_gate, need_up, need_z):
+    """The gradients of gate and of up (packed if up is None), and z again, of those that are needed."""
+    if need_gate and need_up == (up is not None):
+        parts = [as_rows(part) for part in halves(gate, up)]
+        if _hopper.takes(dy, weight, *parts):
+            results = _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, need_z)
+            written = [as_rows(part) for part in halves(results[0], results[1] if need_up else None)]
+            if _hopper.glu_gradients(dy, weight, *parts, *written, results[-1] if need_z else None, activation):
+                return results
+    dz = torch.mm(dy, weight)
+    # z, if it has to be computed again, takes the place of its gradient.
+    found = glu_backward(dz, gate, up, activation, need_gate, need_up, need_z)
+    return [result for result in found if result is not None]
+
+
 class _GLULinear(torch.autograd.Function):
     """gate is the packed gate and up if up is None."""
 
@@ -93,10 +122,10 @@ class _GLULinear(torch.autograd.Function):
         dgate = dup = dw = None
         with no_autocast(dy):
             if need_gate or need_up:
-                dz = torch.mm(rows, weight)  # [rows, I]
-                # If it has to be computed again, z takes the place of its gradient.
-                dgate, dup, again = glu_backward(dz, gate, up, ctx.activation, need_gate, need_up, need_w and z is None)
-                z = again if z is None else z
+                need_z = need_w and z is None
+                found = iter(_gradients(rows, weight, gate, up, ctx.activation, need_gate, need_up, need_z))
+                dgate, dup, again = (next(found) if need else None for need in (need_gate, need_up, need_z))
+                z = again if need_z else z
             elif need_w and z is None:
                 z = glu_forward(gate, up, ctx.activation)
             if need_w:

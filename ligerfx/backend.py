@@ -22,14 +22,15 @@ from .capture import Capture
 from .cost import cost
 from .deferred import deferred_logits
 from .listing import listing
-from .matcher import Match, Matcher
+from .matcher import Matcher
+from .matches import Match
 from .module import Program, compile_graph
 from .registry import patterns_for
 from .report import Report
 from .rewriter import rewrite
 from .source import describe_error, file_name
 from .symbols import FakeInputs
-from .tracer import CASTS
+from .torch_calls import CONVERSIONS
 
 KEPT = 64
 """Reports that are kept, of the graphs compiled last."""
@@ -107,7 +108,7 @@ def _rewritten(gm: GraphModule, patterns: list) -> Program:
             node.meta["val"] = node.meta["example_value"]
         node.meta["source"], node.meta["line"] = _source(node)
     for node in list(graph.nodes):
-        if node.op == "call_method" and node.target in CASTS and _changes_nothing(node):
+        if node.op == "call_method" and node.target in CONVERSIONS and _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     modes = _modes(graph)

@@ -13,9 +13,9 @@ from dataclasses import astuple, dataclass
 import torch
 from torch.fx import Node
 
-from .canonical import op_name
 from .deferred import deferred_logits
-from .matcher import Match
+from .matches import Match
+from .operations import CASTS, op_name
 from .symbols import expression
 
 _VIEWS = {
@@ -23,7 +23,6 @@ _VIEWS = {
     "expand", "expand_as", "broadcast_to", "unsqueeze", "squeeze", "getitem", "select", "narrow", "chunk", "split",
     "unbind", "detach", "contiguous",
 }  # fmt: skip
-_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
 _PRODUCTS = {"linear", "linear_module", "matmul", "mm", "bmm", "addmm"}
 _KEEP_INPUTS = {"pow", "square", "silu", "gelu", *_PRODUCTS}
 _KEEP_FACTORS = {"mul", "truediv", "div"}  # each for the gradient of the other
@@ -92,7 +91,7 @@ def cost(match: Match) -> Cost:
 
 def _is_free(node: Node) -> bool:
     name = op_name(node)
-    if name in _CASTS:
+    if name in CASTS:
         source, val = node.args[0].meta.get("val"), node.meta["val"]
         return isinstance(source, torch.Tensor) and source.dtype == val.dtype
     return name in _VIEWS

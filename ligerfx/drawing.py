@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from .canonical import op_name
 from .errors import LigerfxError
 from .layout import Point, layout
+from .operations import op_name
 from .size_names import SizeNames
 
 _LETTER, _LINE, _PADDING = 7.3, 15.0, 9.0

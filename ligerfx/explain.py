@@ -135,7 +135,7 @@ def explain(model: nn.Module, module: str = "", example_inputs: Any = None, **op
     missed = list(_missed(report, module))
     opaque = report.opaque.get(module)
     found = bool(rewrites or missed or opaque)
-    code = report._code.get(module)
+    code = report.code.get(module)
     nearest: list[tuple[Pattern, list[PatternLine]]] = []
     if not found and code is not None and code.graph is not None:
         nearest = closest(gm._ligerfx_session.patterns, code.graph, list(code.graph.nodes))[:2]
@@ -149,7 +149,7 @@ def _concerns(report: Report, rewrite: Rewrite, module: str) -> bool:
         return True
     inside = rewrite.module == "" or module.startswith(rewrite.module + ".")
     call = f"self.{module[len(rewrite.module) + 1 if rewrite.module else 0 :]}("
-    before = report._code[rewrite.module].before if inside else ()
+    before = report.code[rewrite.module].before if inside else ()
     return any(line.name in rewrite.replaced and call in line.text for line in before)
 
 
@@ -159,7 +159,7 @@ def _missed(report: Report, module: str) -> Iterator[Missed]:
     for miss in report.near_misses:
         by_module.setdefault(miss.module, []).append(miss)
     for path, misses in by_module.items():
-        code = report._code[path]
+        code = report.code[path]
         found = lines_of(code.near_misses, code.graph)
         for miss, near, lines in zip(misses, code.near_misses, found, strict=True):
             scope = ".".join(p for p in (path, near.node.meta.get("scope", "") if near else "") if p)
@@ -172,7 +172,7 @@ def _missed(report: Report, module: str) -> Iterator[Missed]:
 
 def _notes(report: Report, module: nn.Module, path: str, code: Code | None, found: bool, nearest: bool) -> list[str]:
     notes = []
-    caller = next((p for p, other in report._code.items() if _inside(path, p, other.dissolved)), None)
+    caller = next((p for p, other in report.code.items() if _inside(path, p, other.dissolved)), None)
     if caller is not None:
         notes.append(f"Its operations stand in the code of {caller or 'the model'}, since a call reaches across both.")
     if path in report.opaque or found:

@@ -12,11 +12,12 @@ import sympy
 import torch
 from sympy.printing.pycode import PythonCodePrinter
 
-from .canonical import Canonicalizer, Terms
+from .canonical import Canonicalizer
 from .errors import PatternError
 from .pattern import Pattern
+from .recorder import Recorder
 from .source import describe_error
-from .tracer import Tracer
+from .terms import Terms
 
 _X = sympy.Symbol("x", real=True)
 
@@ -111,7 +112,7 @@ def expression_of(activation: Callable[[torch.Tensor], torch.Tensor], name: str)
         PatternError: it cannot be traced, or holds an operation that is no arithmetic on elements.
     """
     try:
-        graph = Tracer().trace_function(lambda x: activation(x), {"x": torch.empty(4, device="meta")}, meta=True)
+        graph = Recorder().trace_function(lambda x: activation(x), {"x": torch.empty(4, device="meta")}, meta=True)
     except Exception as error:
         raise PatternError(f"{name}: not traceable: {describe_error(error)}") from error
     terms = Terms()

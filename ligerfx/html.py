@@ -121,7 +121,7 @@ def _panel(report: Report, path: str) -> Panel | None:
     misses = [m for m in report.near_misses if m.module == path]
     if not sites and not misses:
         return None
-    code = report._code.get(path)
+    code = report.code.get(path)
     if code is None:  # a report that was pickled is without code
         return Panel(sites, [(miss, []) for miss in misses], [], [])
     told = list(zip(misses, lines_of(code.near_misses, code.graph), strict=True))

@@ -28,7 +28,9 @@ from .entry import MISS, entry_for
 from .errors import CaptureError, PatternError
 from .guard import guard_of, size_conditions
 from .listing import Line, listing
-from .matcher import Match, Matcher, NearMiss
+from .matcher import Matcher
+from .matches import Match
+from .near_misses import NearMiss
 from .pattern import Pattern
 from .registry import referenced, references
 from .rewriter import rewrite

@@ -26,10 +26,12 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .canonical import SIZED, Canonicalizer, Terms, constant
+from .algebra import constant
+from .canonical import Canonicalizer
 from .errors import PatternError
+from .recorder import Recorder
 from .source import describe_error
-from .tracer import Tracer
+from .terms import SIZED, Terms
 
 KINDS = {"int": torch.int64, "complex": torch.complex64}
 """What a dimension string may begin with, where the tensor is not of floating-point numbers."""
@@ -342,7 +344,7 @@ def _variant(pattern: Pattern, absent: set[str]) -> Variant:
         parameters[name] = sympy.Symbol(name, real=True)
         arguments[name] = constant(parameters[name], pattern.example_constant(name))
     try:
-        graph = Tracer().trace_function(pattern.function, arguments, meta=True)
+        graph = Recorder().trace_function(pattern.function, arguments, meta=True)
     except Exception as error:
         raise PatternError(f"{pattern.name}: not traceable: {describe_error(error)}") from error
     terms = Terms("p")

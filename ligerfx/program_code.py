@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .listing import Line, listing
-from .matcher import NearMiss
+from .near_misses import NearMiss
 
 if TYPE_CHECKING:
     from .module import Program

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import sympy
 from torch.fx import Graph, Node
 
+from .graph_view import View
 from .listing import listing
-from .matcher import UNPROVED, NearMiss, Unifier, View, neighbourhood
+from .near_misses import UNPROVED, NearMiss, neighbourhood
 from .pattern import Pattern, Variant
 from .source import file_name
+from .unifier import Unifier
 
 
 @dataclass(frozen=True)

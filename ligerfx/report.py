@@ -22,7 +22,7 @@ from .program_code import Code
 from .size_names import SizeNames
 
 if TYPE_CHECKING:
-    from .matcher import Match
+    from .matches import Match
     from .module import OptimizedModule, Program
     from .numerics import Verified
 
@@ -111,6 +111,7 @@ class Report:
         opaque: module path -> why it could not be captured; these run as they are.
         modules: the module tree, identical neighbours folded.
         sizes: the symbols in shapes -> where they come from, as {"B": "size 0 of input_ids"}.
+        code: module path -> its code before and after; of a report that was pickled, none.
 
     Examples:
         >>> import torch, ligerfx
@@ -128,13 +129,13 @@ class Report:
     opaque: dict[str, str] = field(default_factory=dict)
     modules: Modules | None = None
     sizes: dict[str, str] = field(default_factory=dict)
-    _code: dict[str, Code] = field(default_factory=dict, compare=False)
+    code: dict[str, Code] = field(default_factory=dict, compare=False)
 
     def __deepcopy__(self, memo: dict) -> Report:
         return self  # nothing in it changes
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_code": {}}  # the graphs stay with the process
+        return vars(self) | {"code": {}}  # the graphs stay with the process
 
     @staticmethod
     def of(model: OptimizedModule, opaque: dict[str, str], programs: dict[str, Program]) -> Report:

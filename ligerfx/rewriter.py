@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .canonical import is_pure, op_name
 from .deferred import deferred_logits
 from .leaves import is_mask_function
 from .masks import skippable
-from .matcher import Match, mutates
+from .matches import Match
+from .operations import is_pure, mutates, op_name
 from .pattern import bound_arguments
 
 

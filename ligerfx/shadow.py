@@ -6,13 +6,27 @@ Python code reads of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .capture import has_hooks, has_own_hooks, parameters_of, present_parameters, runs_its_forward, stands_for
+from .capture import (
+    Read,
+    has_hooks,
+    has_own_hooks,
+    parameters_of,
+    present_parameters,
+    runs_its_forward,
+    stands_for,
+)
+from .clone import clone_tree
+from .leaves import CACHE_INDEX, HOOKS_MARK
+from .recorder import Recorder
+from .sharded import whole_parameters, wrapped_module
+from .traced_numbers import TracedInt
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {
     "forward",
@@ -95,3 +109,110 @@ def owns_nothing(module: nn.Module) -> bool:
 def exposes_parameters(module: nn.Module) -> bool:
     """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
     return stands_for(module, nn.Linear, present_parameters(module))
+
+
+class ShadowTree:
+    """The shadows of the modules of a model.
+
+    Args:
+        recorder: has the model as its root, and frames that are to know what its code reads and sets.
+        original_class: maps a module to the class whose forward defines it.
+        call: `call(shadow, forward, *args, **kwargs)` takes the place of each shadow's forward.
+    """
+
+    def __init__(self, recorder: Recorder, original_class: Callable[[nn.Module], type], call: Callable) -> None:
+        self.recorder = recorder
+        self.origins = recorder.origins
+        self.original_class = original_class
+        self.device: torch.device | None = None  # of the first tensor of the call
+        self._call = call
+        self._fake_of: dict[int, torch.Tensor] = {}  # id(parameter) -> its fake
+        model = self.origins.root
+        shadows: dict[int, nn.Module] = {}
+        logged: dict[type, type] = {}
+        self._whole = whole_parameters(model)
+        self.aliases = _aliases(model)
+        self.root = clone_tree(
+            model,
+            lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, logged),
+            shadows,
+        )
+        for real_id, real in {id(m): m for m in model.modules()}.items():
+            self._prepare(shadows[real_id], real)
+        for path, shadow in self.root.named_modules():
+            self.origins.paths[id(shadow)] = path
+
+    def _prepare(self, shadow: nn.Module, real: nn.Module) -> None:
+        state = shadow.__dict__
+        self.origins.modules[id(shadow)] = real
+        forward = self.original_class(real).forward
+        if inner := wrapped_module(real):
+            forward = functools.partial(_call_child, inner)
+        state["forward"] = functools.partial(self._call, shadow, forward)
+        for name, value in parameters_of(real).items():
+            if state.pop(name, None) is not None:
+                state["_parameters"][name] = value
+        for table in ("_parameters", "_buffers"):
+            state[table] = LazyFakes(state[table], self.fake_parameter)
+        for name, value in state.items():
+            if name.endswith("_hooks") and value:
+                state[name] = type(value)()
+            elif type(value) in (list, dict, set):  # what forward puts into it (a cache, say) is not for the model
+                state[name] = value.copy()
+            elif isinstance(value, torch.Tensor):  # which forward may change in place
+                state[name] = self.fake_parameter(value)
+        # transformers collects hidden states and attentions in hooks, and marks the model that has them: the shadow
+        # has none.
+        state.pop(HOOKS_MARK, None)
+        if state.get("gradient_checkpointing"):
+            state["gradient_checkpointing"] = False
+
+    def fake_parameter(self, value: torch.Tensor) -> torch.Tensor:
+        """The fake of a parameter or buffer; there is one of each."""
+        if id(value) in self.origins.parameters:  # a buffer that forward replaced during capture
+            return value
+        if id(value) not in self._fake_of:
+            with self.recorder.pause():
+                whole = self._whole.get(id(value), value)
+                fake = value if _is_fake(value) else self.recorder.fakes.parameter(whole, self.device)
+            self._fake_of[id(value)] = fake
+            self.origins.parameters[id(fake)] = value
+        return self._fake_of[id(value)]
+
+    def _log_write(self, shadow: nn.Module, name: str) -> None:
+        """A graph has no side effects: a module whose forward sets an attribute runs as it is. (What hooks collect,
+        its graph returns.)"""
+        path, frames = self.origins.paths.get(id(shadow)), self.recorder.frames
+        if name != HOOKS_MARK and not self.recorder.paused and frames and path is not None:
+            frames[-1].fail(f"forward sets the attribute {name!r} of {path or 'the model'!r}")
+
+    def _log_read(self, shadow: nn.Module, name: str, value: Any) -> Any:
+        path = self.origins.paths.get(id(shadow))
+        if self.recorder.paused or path is None or isinstance(value, nn.Module):
+            return value
+        for frame in reversed(self.recorder.frames):
+            if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
+                relative = frame.relative(path)
+                if (relative, name) not in frame.reads:
+                    # A layer that tells a cache its number, and no more, has the graph of the other layers.
+                    traced = self.origins.parameters.get(id(value), value)
+                    if name == CACHE_INDEX and type(value) is int:
+                        traced = TracedInt(value)
+                    frame.reads[relative, name] = Read(relative, name, traced)
+                return frame.reads[relative, name].value if name == CACHE_INDEX else value
+        return value
+
+
+def _aliases(root: nn.Module) -> list[tuple[str, str]]:
+    """The first name of each module that has several, with each other name."""
+    first: dict[int, str] = {}
+    named = root.named_modules(remove_duplicate=False)
+    return [(first[id(m)], name) for name, m in named if first.setdefault(id(m), name) != name]
+
+
+def _call_child(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._modules[name](*args, **kwargs)
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    return isinstance(value, torch._subclasses.FakeTensor)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from .check import reference, replacement
-from .matcher import Match
+from .matches import Match
 from .module import compile_graph
 from .numerics import Verified, compare, evaluate, random_tensor, widest, worst
 from .source import describe_error

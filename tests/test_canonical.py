@@ -5,9 +5,11 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from ligerfx.canonical import LARGEST, Canonicalizer, Terms, normal, number
+from ligerfx.algebra import LARGEST, normal, number
+from ligerfx.canonical import Canonicalizer
+from ligerfx.recorder import Recorder
 from ligerfx.symbols import FakeInputs
-from ligerfx.tracer import Tracer
+from ligerfx.terms import Terms
 
 
 class Values:
@@ -25,7 +27,7 @@ class Values:
         self.symbols = {n: self.terms.symbol("input", (n,), (), t.dtype) for n, t in self.inputs.items()}
 
     def __call__(self, function):
-        graph = Tracer(fakes=self.fakes).trace_function(function, self.inputs)
+        graph = Recorder(fakes=self.fakes).trace_function(function, self.inputs)
         cuts = {n: self.symbols[n.target] for n in graph.nodes if n.op == "placeholder"}
         canonical = Canonicalizer(self.terms, cuts, rounding=self.rounding)
         (output,) = (n for n in graph.nodes if n.op == "output")

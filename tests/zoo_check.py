@@ -82,13 +82,13 @@ def unexplained(sites: Sites, report: ligerfx.Report, site: str, rewritten: int)
     near = {m.module for m in report.near_misses if set(m.idioms) & set(IDIOMS[site])}
     told = [p for p in paths if p in done or p in near or _is_opaque(p, report)]
     # What owns no parameters stands in the code of its caller.
-    told += [p for p in paths if p not in report._code and p.rpartition(".")[0] in (done | near)]
+    told += [p for p in paths if p not in report.code and p.rpartition(".")[0] in (done | near)]
     return sorted(set(paths) - set(told))
 
 
 def _is_opaque(path: str, report: ligerfx.Report) -> bool:
     """Whether a module was not captured, or is inside one that was not and has no capture of its own."""
-    while path not in report.opaque and path not in report._code and path:
+    while path not in report.opaque and path not in report.code and path:
         path = path.rpartition(".")[0]
     return path in report.opaque
 

@@ -1,0 +1,62 @@
+"""What a graph computes, seen by its values: the side that patterns are searched for in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from .canonical import Canonicalizer
+from .operations import is_cast, op_name
+from .pattern import split
+from .terms import SIZED, Terms
+
+
+class View:
+    """The canonical values of a graph, casts and roundings left out.
+
+    With `cut`, arithmetic whose result is used more than once is taken as given: an input of the idiom may
+    itself be a sum or a product, which would otherwise be multiplied out with the rest.
+    """
+
+    def __init__(self, graph: Graph, cut: bool = False) -> None:
+        self.terms = Terms()
+        self.values: dict[Node, sympy.Expr] = {}
+        self.nodes_of: dict[sympy.Expr, list[Node]] = {}
+        self.computed: dict[Node, sympy.Expr] = {}  # the same, but for the node itself, which is not cut
+        self.inner: dict[sympy.Symbol, sympy.Expr] = {}  # what is behind the symbol of a cut node
+        canonical = Canonicalizer(self.terms, rounding=False)
+        for node in graph.nodes:
+            if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            value = self.computed[node] = canonical.value(node)
+            if cut and not value.is_Symbol and not is_cast(node) and _uses(node) > 1:
+                self.inner[symbol := canonical.take(node)] = value
+                value = symbol
+            self.values[node] = value
+            self.nodes_of.setdefault(value, []).append(node)
+        self._operands: dict[tuple, tuple[sympy.Expr, list[sympy.Expr]]] = {}
+        self.alike: dict[tuple, list[sympy.Expr]] = {}  # slices of one value, or views of one
+        for value in self.nodes_of:
+            term = self.terms.terms.get(value)
+            if term is not None and term.op in SIZED:
+                self.alike.setdefault((term.op, term.args), []).append(value)
+
+    def operation(self, value: sympy.Expr) -> Any:
+        """What computes a value: the name of a term's operation, or a class of sympy."""
+        value = self.inner.get(value, value)
+        return self.terms.terms[value].op if value in self.terms.terms else value.func
+
+    def operands(self, value: sympy.Expr, func: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
+        """The constant and the other operands of a value, seen as a sum or a product."""
+        if (value, func) not in self._operands:
+            self._operands[value, func] = split(value, func, lambda e: e.is_number)
+        constant, others = self._operands[value, func]
+        return constant, list(others)
+
+
+def _uses(node: Node) -> int:
+    """How often a value is used, casts of it aside. torch's own RMSNorm uses what it is given twice."""
+    return sum(_uses(user) if is_cast(user) else 2 if op_name(user) == "rms_norm" else 1 for user in node.users)

@@ -1,0 +1,169 @@
+"""Recording: each call of torch that returns a tensor, and each leaf function, becomes a node of the innermost frame.
+
+While paused nothing is recorded, and calls run on fakes all the same. A plain function is recorded here; the modules of
+a model are the tracer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .capture import Capture, works_in_place
+from .errors import CaptureError
+from .frame import Frame, Origins
+from .guesses import Guesses
+from .leaves import is_check, is_kernel
+from .probes import probed
+from .shapes import Shapes
+from .sharded import torchs_own_linear
+from .signature import stand_in
+from .source import describe_error
+from .symbols import FakeInputs, bind_sizes, expression
+from .torch_calls import CONVERSIONS, COUNTING, MEASURING, holds_tensor, modes, spelled
+
+
+class Recorder(TorchFunctionMode):
+    """Records calls into frames, the last of which is the innermost.
+
+    Args:
+        root: the module whose parts are called, if any.
+        fakes: the fake tensor mode and its symbolic sizes.
+    """
+
+    def __init__(self, root: nn.Module | None = None, fakes: FakeInputs | None = None) -> None:
+        super().__init__()
+        self.origins = Origins(root)
+        self.fakes = fakes or FakeInputs()
+        self.guesses = Guesses(self.fakes)
+        self._shapes = Shapes(self.fakes)
+        self.frames: list[Frame] = []
+        self.paused = self.guessing = False
+
+    def __torch_function__(self, func: Any, tensor_types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.paused or not self.frames:
+            if self.guessing:
+                return self.guesses.run(self._shapes.run, func, name, args, kwargs)
+            return self._shapes.run(func, name, args, kwargs)
+        if self.frames[-1].guessing:
+            with self.fakes.shape_env.suppress_guards():
+                return self.guesses.run(self._shapes.run, func, name, args, kwargs)
+        if name in MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
+            self.frames[-1].measured.append(args[0])
+        # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
+        # real tensors, at run time. Guards raised by the model's own Python are kept.
+        if name in COUNTING:
+            self.fakes.shape_env.counting = True
+            try:
+                out = func(*args, **kwargs)
+            finally:
+                self.fakes.shape_env.counting = False
+        else:
+            with self.fakes.shape_env.suppress_guards():
+                out = self._shapes.run(func, name, args, kwargs)
+        if not works_in_place(name, kwargs) and (not holds_tensor(out) or (name in CONVERSIONS and out is args[0])):
+            return out
+        frame = self.frames[-1]
+        frame.recorded_modes.add(modes())
+        frame.record(*spelled(func, name, args, kwargs), out)
+        return out
+
+    def trace_function(self, function: Callable, arguments: dict[str, Any], meta: bool = False) -> torch.fx.Graph:
+        """Records a plain function. Tensors among the arguments (fakes, or `meta` tensors) become placeholders by
+        their names."""
+        frame = Frame("", Capture("", (), torch.fx.Graph()), self.origins)
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                node = frame.graph.placeholder(name)
+                node.meta["val"] = value
+                frame.bind(value, node)
+                bind_sizes(value, node, frame.sizes)
+        self.frames.append(frame)
+        try:
+            with torchs_own_linear(), contextlib.nullcontext() if meta else self.fakes.active(), self:
+                out = function(**arguments)
+            frame.graph.output(frame.output_arg(out))
+        finally:
+            self.frames.pop()
+        if frame.capture.error:
+            raise CaptureError(frame.capture.error)
+        return frame.graph
+
+    def record_leaf_function(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Runs a leaf function unrecorded and records one call of it."""
+        if self.paused or not self.frames:
+            return function(*args, **kwargs)
+        frame = self.frames[-1]
+        try:
+            with self.pause():
+                told, out = probed(function, args, kwargs, self.fakes) if is_kernel(function) else (False, None)
+                out = out if told else function(*args, **kwargs)
+        except Exception as error:  # it looks at the data, as the mask for flash attention does: the layers do not
+            frame.fail(describe_error(error))
+            with self.pause(guess=True):
+                out = function(*args, **kwargs)
+        frame.recorded_modes.add(modes())
+        if is_check(function):
+            if isinstance(args[0], torch.Tensor):  # others the model's Python code has answered
+                frame.record("call_function", function, args[:2], {}, None)
+            return None
+        if out is None:
+            if any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in (*args, *kwargs.values())):
+                frame.fail(f"{function.__name__} returned None, which may depend on the data")
+            return None  # of hidden states, only the kind is looked at
+        node = frame.record("call_function", function, args, kwargs, out)
+        if node is not None:
+            node.meta["leaf"] = True
+        return out
+
+    def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        frame = self.frames[-1]
+        with self.pause():
+            length = self.fakes.own_size(_cached_length(frame, key))
+            out = tuple(t.new_empty((*t.shape[:-2], length, t.shape[-1])) for t in (key, value))
+        args = [frame.handed_on(a) for a in args]
+        if frame.record("call_method", "update", (cache, key, value, *args), kwargs, out) is not None:
+            with self.pause():
+                frame.bind_results(out)
+        return out
+
+    def stand_in(self, value: Any) -> Any:
+        """What stands for a foreign object, a cache say, whose one known method is recorded."""
+        return stand_in(value, self._record_update)
+
+    @contextlib.contextmanager
+    def pause(self, guess: bool = False) -> Iterator[None]:
+        """While active, nothing is recorded. With `guess`, questions about the data of fakes are answered with
+        0: for a module that stays as it is, only the kind of its output is wanted."""
+        before = self.paused, self.guessing
+        self.paused, self.guessing = True, guess or self.guessing
+        try:
+            with self.fakes.shape_env.suppress_guards():
+                yield
+        finally:
+            self.paused, self.guessing = before
+
+    @contextlib.contextmanager
+    def guess_sizes(self, guess: bool) -> Iterator[None]:
+        """While active, whether questions about symbolic sizes are answered for those at hand, without a guard."""
+        sizes = self.fakes.shape_env
+        before, sizes.guessing = sizes.guessing, guess
+        try:
+            yield
+        finally:
+            sizes.guessing = before
+
+
+def _cached_length(frame: Frame, key: torch.Tensor) -> int:
+    """A length for the keys that a cache gives back, which has more than it is given: the mask's, if there is one."""
+    sizes = [v.shape for v in frame.capture.leaf_values if isinstance(v, torch.Tensor) and v.ndim == 4]
+    masks = [s for s in sizes if expression(s[-2]) == expression(key.shape[-2])]
+    length = masks[0][-1] if masks else key.shape[-2]
+    return length.node.hint if isinstance(length, torch.SymInt) else length

@@ -219,7 +219,7 @@ class _GLU(torch.autograd.Function):
         return dgate, dup, None
 
 
-def _check_activation(op: str, activation: str | Activation) -> None:
+def check_activation(op: str, activation: str | Activation) -> None:
     if not isinstance(activation, Activation) and activation not in IN_TORCH:
         raise ValueError(f"{op}: activation must be one of {', '.join(IN_TORCH)}, got {activation!r}")
 
@@ -231,12 +231,12 @@ def _check_floating(op: str, *tensors: torch.Tensor) -> None:
 
 
 def check_glu(op: str, gate: torch.Tensor, up: torch.Tensor, activation: str | Activation) -> None:
-    _check_activation(op, activation)
+    check_activation(op, activation)
     check_gate_and_up(op, gate, up)
 
 
 def check_packed_glu(op: str, gate_up: torch.Tensor, activation: str | Activation) -> None:
-    _check_activation(op, activation)
+    check_activation(op, activation)
     check_gate_up(op, gate_up)
 
 

@@ -84,15 +84,27 @@ def _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, nee
     " bool need_up, bool need_z) -> Tensor[]",
     _gradients_results,
 )
-def _gradients(dy, weight, gate, up, activation, need_gate, need_up, need_z):
-    """The gradients of gate and of up (packed if up is None), and z again, of those that are needed."""
+def glu_linear_backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: str,
+    need_gate: bool,
+    need_up: bool,
+    need_z: bool,
+) -> list[torch.Tensor]:
+    """Of the gradients of gate and of up (packed if up is None), and z = act(gate) * up, those that are needed.
+
+    dy, weight and z are [rows, N], [N, I] and [rows, I].
+    """
     if need_gate and need_up == (up is not None):
         parts = [as_rows(part) for part in halves(gate, up)]
-        if _hopper.takes(dy, weight, *parts):
-            results = _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, need_z)
+        if _hopper.takes(dy, parts[0].shape[1], [weight], parts):
+            results = _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, False)
             written = [as_rows(part) for part in halves(results[0], results[1] if need_up else None)]
-            if _hopper.glu_gradients(dy, weight, *parts, *written, results[-1] if need_z else None, activation):
-                return results
+            if _hopper.product_gradients(dy, weight, *parts, *written, activation):
+                return results + [glu_forward(gate, up, activation).view(dy.shape[0], -1)] * need_z
     dz = torch.mm(dy, weight)
     # z, if it has to be computed again, takes the place of its gradient.
     found = glu_backward(dz, gate, up, activation, need_gate, need_up, need_z)
@@ -123,7 +135,7 @@ class _GLULinear(torch.autograd.Function):
         with no_autocast(dy):
             if need_gate or need_up:
                 need_z = need_w and z is None
-                found = iter(_gradients(rows, weight, gate, up, ctx.activation, need_gate, need_up, need_z))
+                found = iter(glu_linear_backward(rows, weight, gate, up, ctx.activation, need_gate, need_up, need_z))
                 dgate, dup, again = (next(found) if need else None for need in (need_gate, need_up, need_z))
                 z = again if need_z else z
             elif need_w and z is None:

@@ -22,10 +22,11 @@ def default_patterns(low_memory: bool = False) -> list[Pattern]:
         >>> [pattern.name for pattern in default_patterns() if "cross_entropy" in pattern.idioms]
         ['loss', ...]
     """
-    from . import glu, layer_norm, logits_loss, norm, norm_linear, rotary
+    from . import glu, layer_norm, logits_loss, norm, norm_linear, norm_mlp, rotary
 
     return [
         *logits_loss.patterns(low_memory),
+        *norm_mlp.patterns(low_memory),
         *norm_linear.PATTERNS,
         *norm.PATTERNS,
         *layer_norm.PATTERNS,

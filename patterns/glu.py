@@ -3,7 +3,8 @@ first (GPT-OSS, https://arxiv.org/abs/2508.10925).
 
 The gate and the up projection come from two linear layers, or from one packed layer whose output is halved
 (Phi-3). The packed form writes both gradients into one buffer, so it is tried first. Together with the down
-projection, the product need not be kept for the backward, whose kernel can write it again.
+projection, the product need not be kept for the backward, whose kernel can write it again; together with all three
+projections, it is the end of a matrix product.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from ligerfx.kernels import (
     glu,
     glu_linear,
     glu_linear_reference,
+    glu_mlp,
+    glu_mlp_reference,
     glu_reference,
     packed_clamped_glu,
     packed_clamped_glu_reference,
     packed_glu,
     packed_glu_linear,
     packed_glu_linear_reference,
+    packed_glu_mlp,
+    packed_glu_mlp_reference,
     packed_glu_reference,
 )
 from ligerfx.pattern import Pattern, pattern
@@ -61,6 +66,20 @@ def _separate(activation: Activation | str) -> Pattern:
         return glu_reference(gate, up, activation)
 
     return _pattern(function, glu, f"{activation}_glu", activation)
+
+
+def _packed_mlp(activation: Activation | str, fixed: dict) -> Pattern:
+    def function(x: "... H", gate_up_weight: "2I H", weight: "N I", bias: "N" = None):
+        return packed_glu_mlp_reference(x, gate_up_weight, weight, bias, activation)
+
+    return _pattern(function, packed_glu_mlp, f"packed_{activation}_glu_mlp", activation, **fixed)
+
+
+def _separate_mlp(activation: Activation | str, fixed: dict) -> Pattern:
+    def function(x: "... H", gate_weight: "I H", up_weight: "I H", weight: "N I", bias: "N" = None):
+        return glu_mlp_reference(x, gate_weight, up_weight, weight, bias, activation)
+
+    return _pattern(function, glu_mlp, f"{activation}_glu_mlp", activation, **fixed)
 
 
 def _packed_linear(activation: Activation | str, fixed: dict) -> Pattern:
@@ -98,9 +117,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 def patterns_of(activation: Activation | str, low_memory: bool) -> list[Pattern]:
-    """Those with the down projection first, and packed before separate."""
+    """Those that cover more first, and packed before separate."""
     fixed = {"recompute": low_memory}
     return [
+        _packed_mlp(activation, fixed),
+        _separate_mlp(activation, fixed),
         _packed_linear(activation, fixed),
         _separate_linear(activation, fixed),
         _packed(activation),

@@ -9,6 +9,7 @@ from ligerfx.kernels import (
     cross_entropy,
     glu,
     glu_linear,
+    glu_mlp,
     linear_cross_entropy,
     norm_rope,
     packed_clamped_glu,
@@ -16,6 +17,7 @@ from ligerfx.kernels import (
     packed_glu_linear,
     rms_norm,
     rms_norm_linear,
+    rms_norm_mlp,
     rope,
     rows_that_count,
 )
@@ -61,6 +63,12 @@ CASES = {
     "packed_clamped_glu": (lambda x: packed_clamped_glu(x, 0.7, interleaved=True), [(2, 5, 96)], None),
     "glu_linear": (glu_linear, [(2, 5, 48), (2, 5, 48), (32, 48)], None),
     "packed_glu_linear": (packed_glu_linear, [(2, 5, 96), (32, 48)], None),
+    "glu_mlp": (glu_mlp, [(2, 5, 32), (48, 32), (48, 32), (32, 48)], None),
+    "rms_norm_mlp, packed": (
+        lambda x, r, w, a, b: rms_norm_mlp(x, w, a, None, b, residual=r, recompute=True),
+        [(2, 5, 32), (2, 5, 32), (32,), (96, 32), (32, 48)],
+        None,
+    ),
     "rope": (rope, [(2, 4, 5, 16), (2, 2, 5, 16)], _tables),
     "rope, permuted": (
         lambda q, k, cos, sin: rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin),
@@ -121,6 +129,14 @@ def _operator_calls(device):
         yield ops.clamped_glu_backward, (h.clone(), h, h.clone(), 7.0, 1.702, 1.0, False, *needs[:2])
     a, b = torch.randn(4, 10, 16, device=device), torch.randn(4, 16, 32, device=device)
     yield ops.sum_of_products, (a[0], b[0], list(a[1:]), list(b[1:]))
+    for needs in ((True, True, True), (False, True, False)):
+        gates = torch.randn(10, 16, device=device), torch.randn(10, 16, device=device)
+        yield (
+            ops.glu_linear_backward,
+            (h[0], torch.randn(32, 16, device=device), gates[0][:5], gates[1][:5], "silu", *needs),
+        )
+    yield ops.projected_glu, (h[0], b[0], b[1], "silu")
+    yield ops.projected_glu, (h[0], b[0], None, "relu")
     packed = torch.randn(2, 5, 64, device=device)
     yield ops.glu, (packed, None, "relu")
     yield ops.clamped_glu, (packed, None, 7.0, 1.702, 1.0, True)

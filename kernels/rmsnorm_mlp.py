@@ -1,0 +1,176 @@
+"""RMSNorm and the gated MLP that reads it, with the residual stream handed on: the second half of a Llama layer.
+
+What `rms_norm_linear` does for the norm's result and its gradients, and `glu_mlp` for the gated unit.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import rmsnorm
+from ._activations import Activation, key_of
+from ._linear import is_plain_linear, no_autocast, sum_of_products
+from ._runtime import autocast_dtype, use_triton
+from .gated_linear import glu_linear_backward
+from .gated_mlp import check_mlp, mlp, mlp_reference, projected_glu
+
+
+def rms_norm_mlp_reference(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: torch.Tensor | None = None,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+    activation: str | Activation = "silu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch `rms_norm_mlp`.
+
+    Arguments, results and errors are those of `rms_norm_mlp`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rms_norm_mlp_reference
+        >>> x, gate_up_weight, weight = torch.randn(2, 5, 4), torch.randn(16, 4), torch.randn(4, 8)
+        >>> y, h = rms_norm_mlp_reference(x, torch.ones(4), gate_up_weight, None, weight, residual=x)
+        >>> y.shape, torch.equal(h, x + x)
+        (torch.Size([2, 5, 4]), True)
+    """
+    _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation)
+    y, h = rmsnorm.added_norm(x, residual, norm_weight, eps, offset, cast)
+    return mlp_reference(y, gate_weight, up_weight, weight, None, activation), h
+
+
+class _RMSNormMLP(torch.autograd.Function):
+    """gate_weight is the packed one and up_weight None, or neither."""
+
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, gate_weight, up_weight, weight, options):
+        eps, offset, cast_after, activation, recompute = options
+        y, h, rstd = rmsnorm.forward(x, residual, norm_weight, eps, offset, cast_after)
+        gate, *up, z = projected_glu(y.view(-1, y.shape[-1]), gate_weight, up_weight, activation)
+        ctx.save_for_backward(
+            h, norm_weight, rstd, gate_weight, up_weight, weight,
+            gate, up[0] if up else None, z if ctx.needs_input_grad[5] and not recompute else None,
+        )  # fmt: skip
+        ctx.options = options[:4]
+        ctx.set_materialize_grads(False)
+        # An input cannot be returned as it is: in-place operations on it would go unnoticed.
+        stream = x.view_as(x) if residual is None else h
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(stream)
+        return torch.mm(z, weight.t()).view(*x.shape[:-1], weight.shape[0]), stream
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dh):
+        h, norm_weight, rstd, gate_weight, up_weight, weight, gate, up, z = ctx.saved_tensors
+        eps, offset, cast_after, activation = ctx.options
+        need_x, need_r, need_norm, need_gate, need_up, need_w, _ = ctx.needs_input_grad
+        need_dx = need_x or need_r
+        packed = up_weight is None
+        if dout is None:  # the MLP's result went unused
+            return dh if need_x else None, dh if need_r else None, *(None,) * 5
+        dx = dnorm = dgate = dup = dgate_weight = dup_weight = dweight = None
+        dout = dout.reshape(-1, dout.shape[-1])
+        with no_autocast(h):
+            need_dy = need_dx or need_norm
+            need_z = need_w and z is None
+            wanted = need_dy or need_gate, (need_dy or need_up) and not packed, need_z
+            found = iter(glu_linear_backward(dout, weight, gate, up, activation, *wanted))
+            dgate, dup, again = (next(found) if want else None for want in wanted)
+            if need_w:
+                dweight = torch.mm(dout.t(), again if need_z else z)
+                z = again = None
+            y = None
+            if need_dy:
+                more = ([], []) if packed else ([dup], [up_weight])
+                dy = sum_of_products(dgate, gate_weight, *more).view(h.shape)
+                need_y = need_dx and (need_gate or need_up)  # it takes the place of its gradient
+                dx, dnorm, y = rmsnorm.backward(
+                    dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, need_y
+                )
+            if need_gate or need_up:
+                if y is None:
+                    y, _, _ = rmsnorm.forward(h, None, norm_weight, eps, offset, cast_after)
+                y = y.view(-1, y.shape[-1])
+                dgate_weight = torch.mm(dgate.t(), y) if need_gate else None
+                dup_weight = torch.mm(dup.t(), y) if need_up else None
+        return dx if need_x else None, dx if need_r else None, dnorm, dgate_weight, dup_weight, dweight, None
+
+
+def _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation):
+    rmsnorm.check_rms_norm("rms_norm_mlp", x, norm_weight, cast, residual)
+    check_mlp("rms_norm_mlp", x, gate_weight, up_weight, weight, None, activation)
+
+
+def rms_norm_mlp(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: torch.Tensor | None = None,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+    activation: str | Activation = "silu",
+    recompute: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`glu_mlp` of y = rms_norm(h, norm_weight), with h = x + residual.
+
+    Kept for the backward are h, one number a row, gate, up and their product. The gradient that comes to h from the
+    residual stream is added where x's gradient is written, if the stream continues from the h returned here.
+
+    Args:
+        x: [..., H], floating point.
+        norm_weight: [H], floating point; may have another dtype than x.
+        gate_weight, up_weight: [I, H], of y's dtype; or both in one, [2 * I, H] with the gate first, and None.
+        weight: [N, I], of y's dtype.
+        eps, offset, cast: as for `rms_norm`.
+        residual: [..., H], or None for h = x.
+        activation: as for `glu`.
+        recompute: True does not keep the product of gate and up, either.
+
+    Returns:
+        [..., N], then h [..., H]. Without a residual, h shares x's memory, so that neither may be changed in place.
+
+    Raises:
+        ValueError: for shapes other than these, an unknown activation, or another `cast`.
+        TypeError: if x, norm_weight or residual is not floating point, or a weight is of an integer dtype.
+
+    Under autocast, and where dtypes differ or x or the residual is not contiguous, this is `add_rms_norm` and
+    then `glu_mlp`.
+
+    Examples:
+        >>> import torch
+        >>> from ligerfx.kernels import rms_norm_mlp
+        >>> x, residual, norm_weight = torch.randn(2, 5, 8), torch.randn(2, 5, 8), torch.ones(8)
+        >>> y, h = rms_norm_mlp(x, norm_weight, torch.randn(48, 8), None, torch.randn(8, 24), residual=residual)
+        >>> y.shape, torch.equal(h, x + residual)
+        (torch.Size([2, 5, 8]), True)
+    """
+    if not use_triton(x, residual, norm_weight, gate_weight, up_weight, weight):
+        return rms_norm_mlp_reference(
+            x, norm_weight, gate_weight, up_weight, weight, eps,
+            residual=residual, offset=offset, cast=cast, activation=activation,
+        )  # fmt: skip
+    _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation)
+    cast_after = cast == "after_weight"
+    dtype = x.dtype
+    if not cast_after and norm_weight.dtype != dtype:
+        dtype = torch.promote_types(dtype, norm_weight.dtype)
+    if (
+        autocast_dtype(x.device.type) is not None
+        or not x.is_contiguous()
+        or (residual is not None and not (residual.dtype == x.dtype and residual.is_contiguous()))
+        or not all(is_plain_linear(dtype, w) for w in (gate_weight, up_weight, weight) if w is not None)
+    ):
+        y, h = rmsnorm.add_rms_norm(x, residual, norm_weight, eps, offset=offset, cast=cast)
+        return mlp(y, gate_weight, up_weight, weight, None, activation, recompute), h
+    options = (float(eps), float(offset), cast_after, key_of(activation), recompute)
+    return _RMSNormMLP.apply(x, residual, norm_weight, gate_weight, up_weight, weight, options)

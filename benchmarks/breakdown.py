@@ -1,6 +1,7 @@
 """Where a step's device time goes: by kernel and by category.
 
-The floor of a training step is what no kernel of ours replaces: matrix products, attention and the optimizer.
+The floor of a training step is what no kernel replaces: matrix products, attention and the optimizer. A kernel that
+computes more than a product has a category of its own, so the floor is that of a variant without such kernels.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from torch.profiler import ProfilerActivity
 STEPS = 2
 TOP = 25
 FLOOR = ("matmul", "attention", "optimizer")
+FUSED = "matmul + GLU"
 # Parts of kernels' names, lower case, looked for in this order: attention kernels are built with CUTLASS, too.
 CATEGORIES = {
+    FUSED: ("_gated_product_kernel", "_product_gradients_kernel"),
     "attention": ("flash", "fmha", "sdpa"),
     "optimizer": ("multi_tensor", "fusedadam", "fused_adam"),
     "matmul": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "cublas", "splitk"),

@@ -182,7 +182,7 @@ if HAS_GLUON:
             turn += 1
 
     @gluon.jit
-    def _gradients_kernel(dy_d, weight_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+    def _product_gradients_kernel(dy_d, weight_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
         a_s, b_s, panels, loaded, free, full, empty = _shared(dy_d, DEPTH, 2 * HALF)
         n_rows, n_cols, depth = sizes
         tiles = _tiles(n_rows, n_cols, 2 * HALF)
@@ -244,7 +244,7 @@ if HAS_GLUON:
             turn += 1
 
     @gluon.jit
-    def _units_kernel(x_d, gate_d, up_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+    def _gated_product_kernel(x_d, gate_d, up_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
         a_s, b_s, panels, loaded, free, full, empty = _shared(x_d, 2 * HALF, DEPTH)
         n_rows, n_cols, depth = sizes
         tiles = _tiles(n_rows, n_cols, HALF)
@@ -330,7 +330,7 @@ def gated_product(
         False if the kernel could not be compiled or launched: then nothing is written, and the user is warned once.
     """
     factors = [(x, [128, 64]), (gate_weight, [64, 64]), (up_weight, [64, 64])]
-    return _launch(_units_kernel, factors, (gate, up, z), x.shape[1], 128, activation)
+    return _launch(_gated_product_kernel, factors, (gate, up, z), x.shape[1], 128, activation)
 
 
 def product_gradients(
@@ -354,4 +354,4 @@ def product_gradients(
         As `gated_product` does.
     """
     factors = [(dy, [128, 64]), (weight, [64, 256])]
-    return _launch(_gradients_kernel, factors, (gate, up, dgate, dup), dy.shape[1], 256, activation)
+    return _launch(_product_gradients_kernel, factors, (gate, up, dgate, dup), dy.shape[1], 256, activation)

@@ -116,11 +116,7 @@ class Matcher:
                 bindings = {parameters[number]: bound for number, bound in numbered.items()}
                 for match in self._prove(variant, {variant.search_order[0]: root}, bindings, unifier):
                     return match
-            if (
-                unifier.share > NEARLY
-                and unifier.is_near
-                and (root not in misses or unifier.share > misses[root].share)
-            ):
+            if unifier.share > NEARLY and unifier.is_near and _tells_more(unifier, misses.get(root)):
                 misses[root] = unifier
         return None
 
@@ -217,6 +213,15 @@ class Matcher:
         if problem is not None:
             unifier.note(share, problem)
         return problem is not None
+
+
+def _tells_more(attempt: Unifier, other: Unifier | None) -> bool:
+    """Whether one attempt at a node says better than another why there is no match: that of a pattern of fewer idioms,
+    since each idiom has one of its own, and then the one that got further."""
+    if other is None:
+        return True
+    idioms, others = (len(unifier.variant.pattern.idioms) for unifier in (attempt, other))
+    return attempt.share > other.share if idioms == others else idioms < others
 
 
 def _python_constant(value: sympy.Expr, kind: str) -> Any:

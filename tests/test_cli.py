@@ -69,7 +69,11 @@ def test_inspect_estimates_for_a_batch(run, config, tmp_path):
 
 def test_inspect_explains_a_module(run, config):
     code, out, _ = run("inspect", config, "--module", "model.layers.1.mlp")
-    assert code == 0 and "model.layers.1.mlp: LlamaMLP" in out and "rewritten: silu_glu_linear" in out
+    assert (
+        code == 0
+        and "model.layers.1.mlp: LlamaMLP" in out
+        and "rewritten: add_rms_norm_rounded_first_silu_glu_mlp" in out
+    )
     assert "estimated from shapes" not in out
 
 

@@ -30,7 +30,7 @@ def test_diff_of_a_module(llama):
 def test_diff_of_a_model_shows_equal_layers_once(llama):
     text = str(ligerfx.diff(llama))
     assert text.count("--- model.layers.") == 1 and "--- model.layers.0 and 2 alike (captured)" in text
-    assert text.count("+    glu_linear = ") == 1
+    assert text.count("+    rms_norm_mlp = ") == 1
     assert "mlp (captured)" not in text  # it runs in the layer's code
     assert "--- model.layers.0.mlp (captured)" in str(ligerfx.diff(llama, "model.layers.0.mlp"))
 
@@ -79,14 +79,14 @@ def boxes(svg):
 def test_drawing_of_a_layer(llama):
     root, found = boxes(ligerfx.draw(llama, "model.layers.0").svg)
     kinds = [kind for kind, *_ in found.values()]
-    assert kinds.count("fused") == 4 and kinds.count("module") == 1  # o_proj alone is still called
+    assert kinds.count("fused") == 3 and kinds.count("module") == 1  # o_proj alone is still called
     _, _, _, width, height = 0, *map(float, root.get("viewBox").split())
     for (a, box), (b, other) in itertools.combinations(found.items(), 2):
         _, left, top, right, bottom = box
         _, left2, top2, right2, bottom2 = other
         assert right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top, (a, b)
         assert right - left <= width and bottom - top <= height
-    assert found["hidden_states"][4] < found["rms_norm_linear"][2] < found["glu_linear"][2] < found["output"][2]
+    assert found["hidden_states"][4] < found["rms_norm_linear"][2] < found["rms_norm_mlp"][2] < found["output"][2]
     text = "".join(root.itertext())
     assert "self_attn.q_proj.weight" in text and "[s0, s1, 64]" in text
     assert "size" not in found and not any(name.startswith("getitem") for name in found)

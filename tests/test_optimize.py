@@ -63,7 +63,7 @@ def test_it_is_a_graph_module_and_the_models_class():
     assert inspect.signature(optimised.forward) == inspect.signature(model.forward)
     mlp = optimised.model.layers[0].mlp
     assert isinstance(mlp, torch.fx.GraphModule) and isinstance(mlp, type(model.model.layers[0].mlp))
-    assert "glu_linear(gate_proj, up_proj, down_proj_weight" in mlp.code
+    assert "glu_mlp(x, gate_proj_weight, up_proj_weight, down_proj_weight" in mlp.code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

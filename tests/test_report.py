@@ -99,7 +99,7 @@ def test_page_shows_code_before_and_after_with_the_models_lines(llama):
 
 def test_a_call_is_marked_as_what_it_replaced(llama):
     rows = [row for row in Page(llama.report.to_html()).rows if row[0]]
-    [call] = [classes for classes, text in rows if "ligerfx_kernels_glu_linear(" in text]
+    [call] = [classes for classes, text in rows if "ligerfx_kernels_rms_norm_mlp(" in text]
     replaced = [text for classes, text in rows if set(classes) & set(call) and " = ligerfx" not in text]
     assert any(text.startswith("silu = ") for text in replaced)
     assert any("down_proj(" in text for text in replaced)

@@ -70,7 +70,11 @@ def test_as_accurate_as_eager(poison, assert_as_accurate, fused, whole_mlp, dtyp
     function, reference = (MLP if whole_mlp else LINEAR)[packed]
     function = functools.partial(function, recompute=recompute)
     assert_as_accurate(function, reference, _inputs(sizes, dtype, packed, whole_mlp))
-    assert set(fused) == {"_gradients_kernel", "_units_kernel"} if whole_mlp else {"_gradients_kernel"}
+    assert (
+        set(fused) == {"_product_gradients_kernel", "_gated_product_kernel"}
+        if whole_mlp
+        else {"_product_gradients_kernel"}
+    )
 
 
 @on_hopper
@@ -88,7 +92,7 @@ def test_with_the_norm_before_it(poison, assert_as_accurate, fused, residual, pa
         return bound
 
     assert_as_accurate(bind(rms_norm_mlp), bind(rms_norm_mlp_reference), inputs)
-    assert set(fused) == {"_gradients_kernel", "_units_kernel"}
+    assert set(fused) == {"_product_gradients_kernel", "_gated_product_kernel"}
 
 
 @on_hopper
@@ -101,7 +105,7 @@ def test_agrees_with_separate_kernels(poison, fused, monkeypatch, sizes, packed,
     inputs = _inputs(sizes, torch.bfloat16, packed, True)
     dy = torch.randn(sizes[0], sizes[2], device="cuda").bfloat16()
     got = _gradients(function, inputs, dy)
-    assert fused == ["_units_kernel", "_gradients_kernel"]
+    assert fused == ["_gated_product_kernel", "_product_gradients_kernel"]
     monkeypatch.setattr(_hopper, "takes", lambda *_: False)
     for a, b in zip(got, _gradients(function, inputs, dy), strict=True):
         assert (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
@@ -137,7 +141,7 @@ def test_a_failure_goes_the_ordinary_way(monkeypatch):
     inputs = _inputs(WHOLE, torch.bfloat16, False, True)
     dy = torch.randn(WHOLE[0], WHOLE[2], device="cuda").bfloat16()
     expected = _gradients(glu_mlp, inputs, dy)
-    monkeypatch.setattr(_hopper, "_units_kernel", {})  # a KeyError at its launch
+    monkeypatch.setattr(_hopper, "_gated_product_kernel", {})  # a KeyError at its launch
     with pytest.warns(UserWarning, match="not fused into matrix products"):
         got = _gradients(glu_mlp, inputs, dy)
     again = _gradients(glu_mlp, inputs, dy)  # without a further warning
@@ -159,10 +163,10 @@ def descriptor(rows, columns):
     return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
 if sys.argv[1] == "gradients":
-    kernel, n = _hopper._gradients_kernel, 4
+    kernel, n = _hopper._product_gradients_kernel, 4
     factors = {"dy_d": descriptor(128, 64), "weight_d": descriptor(64, 256)}
 else:
-    kernel, n = _hopper._units_kernel, 3
+    kernel, n = _hopper._gated_product_kernel, 3
     factors = {"x_d": descriptor(128, 64), "gate_d": descriptor(64, 64), "up_d": descriptor(64, 64)}
 rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n, "sizes": ("i32",) * 3, "ACTIVATE": "constexpr"}
 source = GluonASTSource(kernel, factors | rest, {"ACTIVATE": in_triton("silu")})

@@ -179,7 +179,7 @@ def test_low_precision(optimise, dtype, kind):
     activation, _ = ACTIVATIONS[kind]["functional"]
     optimise(Function(lambda g, u: activation(g) * u), pair(2, 3, dtype=dtype), [f"{kind}_glu"])
     x = torch.randn(2, 3, I, dtype=dtype)
-    optimise(MLP(activation, dtype, packed=True), [x], [f"packed_{kind}_glu_linear"])
+    optimise(MLP(activation, dtype, packed=True), [x], [f"packed_{kind}_glu_mlp"])
 
 
 @pytest.mark.parametrize("name", ["x * x.sigmoid()", "torch.sigmoid(x) * x"])
@@ -203,7 +203,7 @@ def test_activation_in_fp32_of_bf16_gate(optimise):
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_in_an_mlp_with_an_activation_module(optimise, kind, is_packed):
     activation, _ = ACTIVATIONS[kind]["module"]
-    name = f"packed_{kind}_glu_linear" if is_packed else f"{kind}_glu_linear"
+    name = f"packed_{kind}_glu_mlp" if is_packed else f"{kind}_glu_mlp"
     x = [torch.randn(2, 3, I)]
     report = optimise(MLP(activation, packed=is_packed), x, [name], others=[[torch.randn(5, 1, I)]])
     assert report.idioms == {"glu": 1}
@@ -217,9 +217,9 @@ def test_low_memory(assert_same, calls, low_memory, is_packed):
     module, x = MLP(F.relu, packed=is_packed), torch.randn(2, 3, I)
     optimised = ligerfx.optimize(module, (x,), low_memory=low_memory)
     ((kernel, *tensors, options),) = calls(optimised)
-    assert kernel == ("packed_glu_linear" if is_packed else "glu_linear")
-    assert tensors == [*[None] * (1 if is_packed else 2), "down.weight"]
-    assert options == {"activation": "relu", **({} if low_memory else {"recompute": False})}
+    assert kernel == ("packed_glu_mlp" if is_packed else "glu_mlp")
+    assert tensors[1:] == [*(["gate_up.weight"] if is_packed else ["gate.weight", "up.weight"]), "down.weight"]
+    assert options == {"activation": "relu", **({"recompute": True} if low_memory else {})}
     assert_same(module, optimised, [x])
 
 
@@ -305,7 +305,7 @@ def test_silu_on_both_sides(optimise):
 def test_in_the_interpreter(optimise, monkeypatch):
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", True)
     optimise(Function(lambda g, u: F.silu(g) * u), pair(2, 3), ["silu_glu"], rtol=1e-5)
-    optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu_linear"], rtol=1e-5)
+    optimise(MLP(F.gelu, packed=True), [torch.randn(2, 3, I)], ["packed_gelu_glu_mlp"], rtol=1e-5)
 
 
 def halved(x):

@@ -148,17 +148,16 @@ def test_in_the_interpreter(optimise, monkeypatch):
 
 QKV = tuple(f"self_attn.{n}_proj.weight" for n in "qkv")
 QKV_BIAS = tuple(f"self_attn.{n}_proj.bias" for n in "qkv")
-GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 GEMMA = {"offset": 1.0, "cast": "after_weight"}
-ADDED = {"weights": GATE_UP, "residual": None}
+MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 LAYERS = {
-    "llama": ({"weights": QKV}, ADDED, ("glu_linear", 2, {})),
-    "qwen2": ({"weights": QKV, "biases": QKV_BIAS}, ADDED, ("glu_linear", 2, {})),
-    "gemma": ({"weights": QKV, **GEMMA}, {**ADDED, **GEMMA}, ("glu_linear", 2, {"activation": "gelu_tanh"})),
+    "llama": ({"weights": QKV}, MLP, {}),
+    "qwen2": ({"weights": QKV, "biases": QKV_BIAS}, MLP, {}),
+    "gemma": ({"weights": QKV, **GEMMA}, MLP, {"activation": "gelu_tanh", **GEMMA}),
     "phi3": (
         {"weights": ("self_attn.qkv_proj.weight",)},
-        {"weights": ("mlp.gate_up_proj.weight",), "residual": None},
-        ("packed_glu_linear", 1, {}),
+        ("mlp.gate_up_proj.weight",),
+        {"up_weight": None, "weight": "mlp.down_proj.weight"},
     ),
 }
 
@@ -167,13 +166,18 @@ LAYERS = {
 def test_decoder_layer(calls, family):
     model = make(family, num_hidden_layers=1)
     optimised = ligerfx.optimize(model)
-    first, second, (glu, halves, options) = LAYERS[family]
+    first, weights, options = LAYERS[family]
     eps = {"eps": model.config.rms_norm_eps} if model.config.rms_norm_eps != 1e-6 else {}  # the kernel's default
     assert calls(optimised.model.layers[0]) == [
         ("rms_norm_linear", "hidden_states", "input_layernorm.weight", {**first, **eps}),
         ("rope", *[None] * 4, {}),
-        ("rms_norm_linear", None, "post_attention_layernorm.weight", {**second, **eps}),
-        (glu, *[None] * halves, "mlp.down_proj.weight", {**options, "recompute": False}),
+        (
+            "rms_norm_mlp",
+            None,
+            "post_attention_layernorm.weight",
+            *weights,
+            {"residual": None, **options, **eps},
+        ),
     ]
     inputs = batch(model)
     (loss, logits, gradients), (loss_, logits_, gradients_) = run(model, inputs), run(optimised, inputs)

@@ -221,12 +221,14 @@ def estimate_table(cost: Any, batch: int, sequence: int, dtype: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("read and written by a forward pass", _gib(cost.moved_before), _gib(cost.moved_after))
-    table.add_row("of that: intermediate results, written", _gib(cost.written), "0")
-    table.add_row("kept inside it for the backward pass", _gib(cost.kept), "0")
+    table.add_row("of that: intermediate results, written", _gib(cost.written_before), _gib(cost.written_after))
+    table.add_row("kept inside it for the backward pass", _gib(cost.kept_before), _gib(cost.kept_after))
     return table
 
 
 def _gib(number: int) -> str:
+    if not number:
+        return "0"
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 

@@ -85,6 +85,33 @@ def decimal(expr: sympy.Expr) -> sympy.Expr:
     return expr.xreplace({c: number(float(f"{float(c):.15g}")) for c in constants}) if constants else expr
 
 
+def with_sigmoids(expr: sympy.Expr) -> sympy.Expr:
+    """`exp(a) / (1 + exp(a))` and `1 - 1 / (1 + exp(a))` as the sigmoid that both are, `1 / (1 + exp(-a))`."""
+    if not (expr.is_Mul or expr.is_Add):
+        return expr
+    operands = set(expr.args)
+    for operand in expr.args:
+        for factor in sympy.Mul.make_args(operand):
+            a = _argument_of_sigmoid(factor)
+            if a is None:
+                continue
+            mirrored = 1 / (1 + sympy.exp(a))
+            if expr.is_Mul and (growth := sympy.exp(-a)) in operands:
+                return with_sigmoids(sympy.Mul(mirrored, *(operands - {factor, growth})))
+            rest = -sympy.Mul(*(f for f in sympy.Mul.make_args(operand) if f != factor))
+            if expr.is_Add and (parts := set(sympy.Add.make_args(rest))) <= operands:
+                return with_sigmoids(sympy.Add(rest * mirrored, *(operands - parts - {operand})))
+    return expr
+
+
+def _argument_of_sigmoid(expr: sympy.Expr) -> sympy.Expr | None:
+    """The a of `1 / (1 + exp(-a))`, None for anything else."""
+    if not (expr.is_Pow and expr.exp == -1 and expr.base.is_Add and len(expr.base.args) == 2):
+        return None
+    one, other = expr.base.args
+    return -other.exp if one == 1 and isinstance(other, sympy.exp) else None
+
+
 LARGEST = 32
 """Summands, multiplied out, of a value that an idiom may be found in. A matrix that is divided by the sums of its rows
 and columns in turn (Sinkhorn) would have 2 to the power of their number."""

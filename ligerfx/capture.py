@@ -111,6 +111,20 @@ class Alias(Read):
 
 
 @dataclasses.dataclass(eq=False)
+class StandsFor:
+    """A module without a call of its own in the graph, which has the code of `cls` in its place."""
+
+    path: str  # relative to the captured one
+    cls: type
+    parameters: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether calling `module` still runs that code."""
+        return stands_for(module, self.cls, self.parameters, self.methods)
+
+
+@dataclasses.dataclass(eq=False)
 class Capture:
     """The graph of one module's forward, for one call signature.
 
@@ -132,6 +146,11 @@ class Capture:
     grad_enabled: bool | None = None  # where forward itself switches the grad mode
     error: str | None = None
     output: Any = None
+
+    def module_checks(self) -> list[StandsFor | Read]:
+        """What the capture, once it is finished, rests on in the modules below its own: that each is the `same`."""
+        absorbed = [StandsFor(path, *known) for path, known in self.absorbed.items()]
+        return [*absorbed, *(read.settled() for read in self.reads)]
 
     def subtree(self) -> Iterator[tuple[str, Capture]]:
         """This capture and those of all modules called inside, with paths relative to this module."""

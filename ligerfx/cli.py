@@ -187,25 +187,38 @@ def _shorten(config: Any, layers: int) -> None:
 
 
 def build(config: Any, dtype: str, device: str) -> Any:
-    """A causal language model of this configuration with random weights, in training mode.
+    """A causal or vision-language model of this configuration with random weights, in training mode.
 
     Raises:
         LigerfxError: there is no such model, or no such dtype.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto_class = AutoModelForCausalLM
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        auto_class = AutoModelForImageTextToText
+    else:
+        raise LigerfxError(
+            f"transformers has no causal or vision-language model of type {config.model_type!r}: for another kind, "
+            "build it in Python, and call ligerfx.optimize(model, example_inputs)"
+        )
     if dtype not in ("float32", "bfloat16", "float16"):
         raise LigerfxError(f"--dtype must be float32, bfloat16 or float16, not {dtype!r}")
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).train()
+            return auto_class.from_config(config, dtype=getattr(torch, dtype)).train()
     except torch.OutOfMemoryError as error:
         raise LigerfxError("the model does not fit into the device's memory: use --layers to build a part") from error
     except Exception as error:
         raise LigerfxError(
-            f"transformers builds no causal language model of type {config.model_type!r} from this configuration "
-            f"({_first_line(error)})"
+            f"transformers builds no model of type {config.model_type!r} from this configuration ({_first_line(error)})"
         ) from error
 
 
@@ -221,12 +234,14 @@ def estimate_table(cost: Any, batch: int, sequence: int, dtype: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("read and written by a forward pass", _gib(cost.moved_before), _gib(cost.moved_after))
-    table.add_row("of that: intermediate results, written", _gib(cost.written), "0")
-    table.add_row("kept inside it for the backward pass", _gib(cost.kept), "0")
+    table.add_row("of that: intermediate results, written", _gib(cost.written_before), _gib(cost.written_after))
+    table.add_row("kept inside it for the backward pass", _gib(cost.kept_before), _gib(cost.kept_after))
     return table
 
 
 def _gib(number: int) -> str:
+    if not number:
+        return "0"
     return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
 
 

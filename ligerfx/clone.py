@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -33,6 +34,20 @@ def clone_tree(
         for name, value in list(vars(clone).items()):
             clone.__dict__[name] = _rebind(value, memo)
     return copy
+
+
+def detach_state(copy: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Lets a forward on a copy that `clone_tree` made write to lists, dicts, sets and plain tensors (a cache, say)
+    without a trace in the original: the copy gets containers of its own, and fakes of the tensors.
+
+    What ligerfx itself keeps with a module stays shared. The tables of parameters and buffers are left to the caller.
+    """
+    state = copy.__dict__
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            state[name] = fake(value)
+        elif type(value) in (list, dict, set) and not name.startswith("_ligerfx"):
+            state[name] = value.copy()
 
 
 def _copy(module: nn.Module, class_of: Callable[[nn.Module], type], memo: dict[int, nn.Module]) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from .clone import clone_tree
+from .clone import clone_tree, detach_state
 from .deferred import compute_logits, deferred
 from .kernels._operators import operator
 
@@ -80,12 +80,9 @@ def _without_state(model: Any, fakes: FakeTensorMode) -> Any:
     copies: dict[int, Any] = {}
     rehearsal = clone_tree(model, type, copies)
     for module in copies.values():
-        for table in (module.__dict__, module._buffers):
-            for name, value in table.items():
-                if isinstance(value, torch.Tensor):
-                    table[name] = fakes.from_tensor(value)
-                elif type(value) in (list, dict, set) and not name.startswith("_"):
-                    table[name] = value.copy()
+        detach_state(module, fakes.from_tensor)
+        buffers = module._buffers
+        buffers.update({name: fakes.from_tensor(value) for name, value in buffers.items() if value is not None})
     return rehearsal
 
 

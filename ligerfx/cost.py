@@ -33,18 +33,21 @@ _KEEP_AS_MUCH = {"cross_entropy"}  # the log-probabilities, as large as the logi
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes a token, in the forward pass.
+    """Bytes a token, in the forward pass, of the replaced code and of what replaces it.
 
     Attributes:
-        written: intermediate results that the replaced code writes.
-        kept: those of them that autograd keeps for the backward in the original, and the replacement does not.
-        moved_before: what the replaced operations read and write, each on its own.
-        moved_after: the same if inputs are read once and outputs are written once. Matrix products inside still
-            read and write what they did.
+        written_before, written_after: intermediate results that are written as a whole. Of what replaces it, these are
+            what matrix products inside multiply, and their own results.
+        kept_before, kept_after: those of them that are kept for the backward. A few numbers a row are not counted.
+        moved_before, moved_after: what is read and written, by each of the replaced operations on its own; and if
+            inputs are read once and outputs are written once, but matrix products inside still read and write what
+            they did.
     """
 
-    written: int = 0
-    kept: int = 0
+    written_before: int = 0
+    written_after: int = 0
+    kept_before: int = 0
+    kept_after: int = 0
     moved_before: int = 0
     moved_after: int = 0
 
@@ -62,8 +65,10 @@ def cost(match: Match) -> Cost:
     made = [node for node, function in outputs.items() if function is not deferred_logits]
     inside = match.interior - set(made)
     kept: set[Node] = set()
-    kept_after: set[Node] = set()
-    # Kernels that end in a matrix product say by `recompute=False` that they keep what it multiplies.
+    multiplied: set[Node] = set()
+    last: set[Node] = set()
+    # Kernels that end in a matrix product say by `recompute=False` that they keep what it multiplies. The results of
+    # other products, which are not computed twice, are kept in any case.
     recomputes = getattr(replace, "keywords", {}).get("recompute") is not False
     log_probabilities = before = after = 0
     for node in match.interior:
@@ -80,13 +85,17 @@ def cost(match: Match) -> Cost:
             before += size([*inputs, node])
         if name in _PRODUCTS:
             factors = {_base(i, match.interior) for i in inputs} & inside
-            after += size(inputs) + size(factors)  # read; written
-            kept_after |= set() if recomputes else factors
+            multiplied |= factors
+            last |= factors if node in made else set()
+            after += size(inputs)  # read
             used_inside = not node.users.keys().isdisjoint(match.interior)
             after += size([node]) * ((node in inside) + used_inside)  # written; read
-    after += size(dict.fromkeys([*match.inputs.values(), *made]))
+    after += size(multiplied) + size(dict.fromkeys([*match.inputs.values(), *made]))
     written = size(n for n in inside if not _is_free(n))
-    return Cost(written, size((kept & inside) - kept_after) + log_probabilities, before, after)
+    products = {n for n in inside if op_name(n) in _PRODUCTS} if last else set()
+    kept_after = size(products | (set() if recomputes else last))
+    written_after = size(products | multiplied)
+    return Cost(written, written_after, size(kept & inside) + log_probabilities, kept_after, before, after)
 
 
 def _is_free(node: Node) -> bool:

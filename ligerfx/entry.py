@@ -11,14 +11,14 @@ The graph that it runs gets the modules that it calls as inputs, since they have
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read
+from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read, StandsFor
 from .deferred import settled_if_sharded
 from .signature import autocast_key
 
@@ -78,8 +78,7 @@ def entry_for(
         source.lines.append(f"s{index} = x[{index}].shape")
     if conditions:
         source.check(re.sub(r"x\[(\d+)\]\.shape", r"s\1", conditions))
-    if program.capture.error is None:
-        _check_modules(source, program, module)
+    _check_modules(source, program.checks, module)
     if program.function is None:
         result = "forward(m, *args, **kwargs)"
     else:
@@ -140,41 +139,44 @@ def _argument(source: _Source, where: str, value: Any) -> Iterator[str]:
         yield name
 
 
-def _check_modules(source: _Source, program: Program, module: nn.Module) -> None:
-    """Checks what `guard.guard_of` checks of modules and their attributes."""
-    absorbed = program.capture.absorbed
-    if absorbed:
+def _check_modules(source: _Source, checks: Sequence[StandsFor | Read], module: nn.Module) -> None:
+    """Makes each check of a program on its modules, in a short way where there is one."""
+    if any(isinstance(check, StandsFor) for check in checks):
         tables = [source.constant(table) for table in GLOBAL_HOOKS]
         source.check(f"not ({' or '.join(tables)})")
-    for path, (_, *known) in absorbed.items():
-        _check_stands_for(source, path, module.get_submodule(path), *known)
-    for read in map(Read.settled, program.capture.reads):
-        owner = source.module(read.path)
-        general = f"{source.constant(read)}.same({owner})"
-        value = source.constant(read.value)
-        if type(read) is not Read:
-            source.check(general)
-        elif not read.can_change:
-            source.check(f"{owner}.__dict__.get({read.name!r}, absent) is {value} or {general}")
-        elif isinstance(read.state, dict) and not isinstance(read.value, dict):  # a configuration
-            # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
-            kind, state = source.constant(type(read.value)), source.constant(read.state)
-            source.lines.append(f"v = {owner}.__dict__[{read.name!r}]")
-            source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {state}")
+    for check in checks:
+        if isinstance(check, StandsFor):
+            _check_stands_for(source, check, module.get_submodule(check.path))
         else:
-            source.check(general)
+            _check_read(source, check)
 
 
-def _check_stands_for(
-    source: _Source, path: str, module: nn.Module, parameters: tuple[str, ...], methods: tuple[str, ...] = ()
-) -> None:
-    """`capture.stands_for`, of a module like this one, for which that holds, and whose parameters are where nn.Module
-    keeps them. Global hooks are checked elsewhere."""
+def _check_read(source: _Source, read: Read) -> None:
+    owner = source.module(read.path)
+    general = f"{source.constant(read)}.same({owner})"
+    value = source.constant(read.value)
+    if type(read) is not Read:
+        source.check(general)
+    elif not read.can_change:
+        source.check(f"{owner}.__dict__.get({read.name!r}, absent) is {value} or {general}")
+    elif isinstance(read.state, dict) and not isinstance(read.value, dict):  # a configuration
+        # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
+        kind, state = source.constant(type(read.value)), source.constant(read.state)
+        source.lines.append(f"v = {owner}.__dict__[{read.name!r}]")
+        source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {state}")
+    else:
+        source.check(general)
+
+
+def _check_stands_for(source: _Source, check: StandsFor, module: nn.Module) -> None:
+    """`check.same`, of a module like this one, for which that holds, and whose parameters are where nn.Module keeps
+    them. Global hooks are checked elsewhere."""
+    path = check.path
     source.lines.append(f"d = {source.module(path)}.__dict__")
     source.lines.append("t = d['_parameters']")
     wrong = [f"type({source.module(path)}) is not {source.constant(type(module))}"]
     wrong += [f"d[{name!r}]" for name in OWN_HOOKS]
-    wrong += [f"{name!r} in d" for name in ("forward", "_ligerfx_edited", *methods)]
+    wrong += [f"{name!r} in d" for name in ("forward", "_ligerfx_edited", *check.methods)]
     wrong += [f"len(t) != {len(module._parameters)}"]
     wrong += [f"(t[{name!r}] is None) is {value is not None}" for name, value in module._parameters.items()]
     source.lines.append(f"if {' or '.join(wrong)}: return MISS")

@@ -32,7 +32,13 @@ class View:
             if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
             value = self.computed[node] = canonical.value(node)
-            if cut and not value.is_Symbol and not is_cast(node) and _uses(node) > 1:
+            if (
+                cut
+                and not value.is_Symbol
+                and not is_cast(node)
+                and _uses(node) > 1
+                and not _is_of_sigmoid(node, value)
+            ):
                 self.inner[symbol := canonical.take(node)] = value
                 value = symbol
             self.values[node] = value
@@ -55,6 +61,11 @@ class View:
             self._operands[value, func] = split(value, func, lambda e: e.is_number)
         constant, others = self._operands[value, func]
         return constant, list(others)
+
+
+def _is_of_sigmoid(node: Node, value: sympy.Expr) -> bool:
+    """Whether a value is the exponential in `exp(a) / (1 + exp(a))`, and as such no input of an idiom."""
+    return isinstance(value, sympy.exp) and any(op_name(user) == "add" and 1 in user.args for user in node.users)
 
 
 def _uses(node: Node) -> int:

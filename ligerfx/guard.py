@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
 from torch import nn
 from torch.utils._sympy.printers import PythonPrinter
 
-from .capture import Capture, stands_for
+from .capture import Capture, Read, StandsFor
 from .errors import CaptureError
 from .symbols import expression, first_expression
 from .traced_numbers import TracedFloat, TracedInt, plain
@@ -66,20 +65,11 @@ def size_conditions(capture: Capture, dissolved_some: bool) -> list[str]:
     return conditions
 
 
-def guard_of(capture: Capture, conditions: list[str]) -> Callable[[nn.Module, list], bool]:
-    """A function of (module, leaves) that says whether the capture serves a call with the same key.
-
-    Checked are `size_conditions`, attributes that the Python code of the model read, and the modules that have no call
-    of their own in the graph.
-    """
-    names: dict[str, Any] = {"stands_for": stands_for}
-    modules: list[str] = []
-    for number, (path, known) in enumerate(capture.absorbed.items()):
-        names[f"known{number}"] = known
-        modules.append(f"stands_for({_module(path)}, *known{number})")
-    for number, read in enumerate(capture.reads):
-        names[f"read{number}"] = read.settled()
-        modules.append(f"read{number}.same({_module(read.path)})")
+def guard_of(conditions: list[str], checks: Sequence[StandsFor | Read]) -> Callable[[nn.Module, list], bool]:
+    """A function of (module, leaves) that says whether a capture serves a call with the same key, by its
+    `size_conditions` and its `module_checks`."""
+    names = {f"same{number}": check.same for number, check in enumerate(checks)}
+    modules = [f"same{number}({_module(check.path)})" for number, check in enumerate(checks)]
     holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
 
     def guard(module: nn.Module, leaves: list) -> bool:

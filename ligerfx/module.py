@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from .capture import Capture, structure
+from .capture import Capture, Read, StandsFor, structure
 from .cost import Cost, cost
 from .deferred import deferred_logits, settled_if_sharded
 from .dissolve import dissolved, scopes, straddled
@@ -62,6 +62,7 @@ class Program:
     before: tuple[Line, ...] = ()  # the code of the graph before it was rewritten
     costs: list[Cost] = field(default_factory=list)  # of each match
     conditions: list[str] = field(default_factory=list)  # of the guard, on the inputs
+    checks: list[StandsFor | Read] = field(default_factory=list)  # of the guard, on the modules
     entries: dict[tuple, Callable | None] = field(default_factory=dict)  # by kind of call
 
     def __post_init__(self) -> None:
@@ -118,12 +119,15 @@ class Session:
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
         conditions = size_conditions(capture, bool(chosen))
-        guard = guard_of(capture, conditions)
+        checks = capture.module_checks()
+        guard = guard_of(conditions, checks)
         before, costs = listing(capture.graph), [cost(match) for match in matches]
         changed = rewrite(capture.graph, matches)
         function, code = compile_graph(capture.graph)
         chosen = frozenset(chosen)
-        return Program(capture, guard, matches, near, function, code, chosen, changed, before, costs, conditions)
+        return Program(
+            capture, guard, matches, near, function, code, chosen, changed, before, costs, conditions, checks
+        )
 
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
         """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""

@@ -63,11 +63,13 @@ def patterns_for(patterns: Sequence[Pattern], defaults: bool, low_memory: bool, 
     registered ones and the library's.
 
     Raises:
-        OptimizeError: `patterns` holds something else.
+        OptimizeError: `patterns` is no list, or holds something else.
         PatternError: one of `patterns` fails the check.
     """
     from .patterns import default_patterns
 
+    if isinstance(patterns, Pattern):
+        raise OptimizeError(f"patterns must be a list: patterns=[{patterns.name}]")
     known = {*default_patterns(False), *default_patterns(True)}  # checked by our tests
     for pattern in patterns:
         if not isinstance(pattern, Pattern):

@@ -51,7 +51,7 @@ class Rewrite:
         constants: what the match captured.
         calls: names of the calls in the module's code.
         replaced: names of what they replaced in the code before.
-        cost: what the replaced code cost, a token.
+        cost: what the replaced code cost and what its replacement costs, a token.
         verified: how far it is from the original on random inputs, where `optimize` was asked to compare them.
     """
 
@@ -149,7 +149,10 @@ class Report:
         for path, program in running.items():
             for match, cost in zip(program.matches, program.costs, strict=True):
                 if id(match) not in told:
-                    told[id(match)] = _details(match, sizes) | {"bytes_saved": cost.written, "cost": cost}
+                    told[id(match)] = _details(match, sizes) | {
+                        "bytes_saved": cost.written_before - cost.written_after,
+                        "cost": cost,
+                    }
                 reach = tuple(sorted(join(path, inner) for inner in match.reach))
                 named = {"pattern": match.pattern.name, "module": path, "idioms": match.pattern.idioms}
                 rewrites.append(Rewrite(**named, source=match.source, reach=reach, **told[id(match)]))
@@ -183,7 +186,8 @@ class Report:
 
     @property
     def cost(self) -> Cost:
-        """What all replaced code together cost for a token; `report.cost * tokens` for a batch.
+        """What all replaced code together cost for a token, and what its replacements do; `report.cost * tokens` for a
+        batch.
 
         Examples:
             >>> import torch, ligerfx

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 from torch.fx import Node
 
-from .algebra import decimal
+from .algebra import decimal, with_sigmoids
 
 if TYPE_CHECKING:
     from .canonical import Canonicalizer
@@ -46,7 +46,7 @@ def pointwise(*names: str) -> Callable:
             val = node.meta["val"]
             if None in operands or None in options.values() or not (val.is_floating_point() or val.is_complex()):
                 return None
-            return decimal(function(*operands, **options))
+            return with_sigmoids(decimal(function(*operands, **options)))
 
         for name in names:
             RULES[name] = compute

@@ -22,7 +22,7 @@ from .capture import (
     runs_its_forward,
     stands_for,
 )
-from .clone import clone_tree
+from .clone import clone_tree, detach_state
 from .leaves import CACHE_INDEX, HOOKS_MARK
 from .recorder import Recorder
 from .sharded import whole_parameters, wrapped_module
@@ -157,10 +157,7 @@ class ShadowTree:
         for name, value in state.items():
             if name.endswith("_hooks") and value:
                 state[name] = type(value)()
-            elif type(value) in (list, dict, set):  # what forward puts into it (a cache, say) is not for the model
-                state[name] = value.copy()
-            elif isinstance(value, torch.Tensor):  # which forward may change in place
-                state[name] = self.fake_parameter(value)
+        detach_state(shadow, self.fake_parameter)
         # transformers collects hidden states and attentions in hooks, and marks the model that has them: the shadow
         # has none.
         state.pop(HOOKS_MARK, None)

@@ -32,7 +32,9 @@ def file_name(path: str) -> str:
 
 def describe_error(error: Exception) -> str:
     """Why a capture ended, on one line."""
-    if isinstance(error, (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)):
+    asks_meta = isinstance(error, RuntimeError) and "cannot be called on meta tensors" in str(error)
+    unknown = GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException
+    if asks_meta or isinstance(error, unknown):
         return f"its Python code branches on the values of a tensor ({_raised_at(error)})"
     text = str(error).strip().split("\n")[0]
     return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text} ({_raised_at(error)})"

@@ -51,6 +51,7 @@ class Tracer(Recorder):
         original_class: Callable[[nn.Module], type] = type,
     ) -> None:
         super().__init__(root, fakes)
+        self.root = root
         self.original_class = original_class
         self._twins = Twins(self.fakes)
         self._hopeless: dict[int, str] = {}  # id(shadow) -> why its forward gives no output on fakes
@@ -61,7 +62,7 @@ class Tracer(Recorder):
         args, kwargs = self._fake_call(args, kwargs)
         self._shadows.device = next((x.device for x in call_key(args, kwargs)[1] if isinstance(x, torch.Tensor)), None)
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
-        leaves = leaf_functions(self.origins.root.modules(), self.record_leaf_function)
+        leaves = leaf_functions(self.root.modules(), self.record_leaf_function)
         # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
         # The stance is the process's, and is set while `leaves` keeps other threads from tracing.
         with leaves, torch.compiler.set_stance("force_eager"), _errors_not_logged(), self.fakes.active(), self:

@@ -1,10 +1,22 @@
-"""Small modules that nearly are what a pattern describes, each wrong in one way that is known."""
+"""Small modules: one that is what a pattern describes, and ones that nearly are, wrong in one way that is known."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALMOST_INPUT = torch.zeros(2, 5, 64)
+
+
+class RMSNorm(nn.Module):
+    """Written out; for tests of anything but the pattern."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
 
 
 class Norm(nn.Module):

@@ -59,12 +59,24 @@ def test_inspect_estimates_for_a_batch(run, config, tmp_path):
     _, out, _ = run("inspect", config, "--batch", 16, "--sequence", 4096, "--json", tmp_path / "r.json")
     rewrites = json.loads((tmp_path / "r.json").read_text())["rewrites"]
     tokens = 16 * 4096
-    for key in ("moved_before", "moved_after", "written", "kept"):
+    for key in (f"{what}_{when}" for what in ("moved", "written", "kept") for when in ("before", "after")):
         number = sum(r["cost"][key] for r in rewrites) * tokens
         assert f"{number / 2**20:.1f} MiB" in out or f"{number / 2**30:.1f} GiB" in out, key
     assert "16 x 4096 tokens, bfloat16" in out
     single = run("inspect", config, "--batch", 1, "--sequence", 1, "--dtype", "float32")[1]
     assert "1 x 1 tokens, float32" in single and "GiB" not in single
+
+
+def test_inspect_a_vision_language_model(run, tmp_path):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = {
+        "model_type": "llava",
+        "text_config": TINY,
+        "vision_config": vision | {"model_type": "clip_vision_model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0 and out.startswith("LlavaForConditionalGeneration: 5/5 RMSNorm, 2/2 RoPE, 2/2 GLU, 1/1 logits")
 
 
 def test_inspect_explains_a_module(run, config):
@@ -81,8 +93,8 @@ def test_inspect_low_memory_keeps_nothing_of_the_gated_unit(run, config, tmp_pat
     kept = []
     for options in ([], ["--low-memory"]):
         run("inspect", config, "--json", tmp_path / "r.json", *options)
-        kept.append(sum(r["cost"]["kept"] for r in json.loads((tmp_path / "r.json").read_text())["rewrites"]))
-    assert kept[1] - kept[0] == 2 * 128 * 2  # layers, width, bytes
+        kept.append(sum(r["cost"]["kept_after"] for r in json.loads((tmp_path / "r.json").read_text())["rewrites"]))
+    assert kept == [2 * 128 * 2, 0]  # layers, width, bytes
 
 
 @pytest.mark.parametrize(
@@ -92,9 +104,9 @@ def test_inspect_low_memory_keeps_nothing_of_the_gated_unit(run, config, tmp_pat
         (["inspect", "{tmp}/broken.json"], "pass a config.json or its folder, a model type such as llama"),
         (["inspect", "{tmp}/foreign.json"], "has no model_type that transformers knows: 'alien'"),
         (["inspect", "{tmp}/missing.json"], "missing.json': pass a config.json, or the folder that holds one"),
-        (["inspect", "{tmp}/odd.json"], "builds no causal language model of type 'llama' from this configuration"),
+        (["inspect", "{tmp}/odd.json"], "builds no model of type 'llama' from this configuration"),
         (["inspect", "{tmp}/config.json", "--html", "{tmp}/none/r.html"], "/none"),
-        (["inspect", "t5"], "builds no causal language model of type 't5'"),
+        (["inspect", "t5"], "no causal or vision-language model of type 't5'"),
         (["inspect", "{tmp}/config.json", "--dtype", "int8"], "must be float32, bfloat16 or float16, not 'int8'"),
         (["inspect", "{tmp}/config.json", "--batch", "0"], "'--batch'"),
         (["inspect", "{tmp}/config.json", "--module", "model.layer.0"], "did you mean 'model.layers.0'?"),

@@ -183,6 +183,13 @@ def test_patterns_must_be_patterns():
     with pytest.raises(ligerfx.OptimizeError, match="decorate with @ligerfx.pattern"):
         ligerfx.optimize(Plain(), torch.ones(2, 16), patterns=[lambda x: x])
 
+    @ligerfx.pattern(replace=lambda x: x * x)
+    def square(x):
+        return x**2
+
+    with pytest.raises(ligerfx.OptimizeError, match=r"must be a list: patterns=\[square\]"):
+        ligerfx.optimize(Plain(), torch.ones(2, 16), patterns=square)
+
 
 def test_no_patterns_no_rewrites():
     model = Plain()

@@ -183,9 +183,9 @@ def test_cost_of_a_norm_is_counted_by_hand():
     # pow keeps h; rsqrt its result; h * r both; weight * h the rounded h
     kept = full + one + half
     before = (half + full) + 2 * full + (full + one) + 2 * one + 2 * one + (2 * full + one) + (full + half) + 2 * half
-    assert report.cost == Cost(written, kept, before, 2 * half)
+    assert report.cost == Cost(written, 0, kept, 0, before, 2 * half)
     assert report.rewrites[0].bytes_saved == written
-    assert report.cost * 10 == Cost(10 * written, 10 * kept, 10 * before, 20 * half)
+    assert report.cost * 10 == Cost(10 * written, 0, 10 * kept, 0, 10 * before, 20 * half)
 
 
 def test_logits_that_are_not_written_count():
@@ -194,15 +194,35 @@ def test_logits_that_are_not_written_count():
     assert loss.pattern == "logits_loss"
     vocab = 256
     assert loss.bytes_saved == vocab * 2 + vocab * 4  # in bf16, and their fp32 copy
-    assert loss.cost.kept == vocab * 4  # the log-probabilities
+    assert loss.cost.kept_before == vocab * 4 and loss.cost.kept_after == 0  # the log-probabilities
 
 
 def test_low_memory_keeps_less():
-    kept = {
-        low: ligerfx.optimize(make("llama", device="meta"), low_memory=low).report.cost.kept for low in (False, True)
-    }
-    layers, intermediate = 2, 128
-    assert kept[True] - kept[False] == layers * intermediate * 4  # act(gate) * up
+    full, low = (ligerfx.optimize(make("llama", device="meta"), low_memory=low).report.cost for low in (False, True))
+    layers, hidden, intermediate = 2, 64, 128
+    assert full.kept_before == low.kept_before and low.kept_after == 0
+    assert full.kept_after == layers * intermediate * 4  # act(gate) * up
+    # Two norms a layer, and that: what the linear layers read, whatever is kept.
+    assert full.written_after == low.written_after == layers * (2 * hidden + intermediate) * 4
+
+
+def test_what_a_call_still_writes_is_not_saved():
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(64))
+            self.q, self.k = nn.Linear(64, 32, bias=False), nn.Linear(64, 16, bias=False)
+
+        def forward(self, x):
+            h = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+            return self.q(h), self.k(h)
+
+    (rewrite,) = ligerfx.optimize(Norm(), (torch.zeros(2, 5, 64),)).report.rewrites
+    row, one = 64 * 4, 4
+    written, outputs = 3 * row + 3 * one, (32 + 16) * 4  # pow, mul, mul; mean, add, rsqrt
+    assert rewrite.cost.written_before == written and rewrite.cost.written_after == row  # once, for both
+    assert rewrite.bytes_saved == written - row
+    assert rewrite.cost.moved_after == row + row + 2 * row + outputs  # x; h written, and read twice
 
 
 def test_json(llama, nearly, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from idioms import RMSNorm
 from torch import nn
 
 import ligerfx
@@ -20,17 +21,15 @@ H = 8
 pytestmark = pytest.mark.usefixtures("references")
 
 
-class Norm(nn.Module):
+class Norm(RMSNorm):
     def __init__(self, eps=1e-6, scale=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(H))
-        self.eps = eps
+        super().__init__(H, eps)
         self.unread = None
         if scale is not None:
             self.scale = scale
 
     def forward(self, x):
-        x = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        x = super().forward(x)
         return x * self.scale if hasattr(self, "scale") else x
 
 

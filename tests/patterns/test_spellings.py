@@ -233,6 +233,38 @@ def doubled_and_halved(g, u):
     return 2 * g / (2 + 2 * torch.exp(-g)) * u
 
 
+def growth_over_growth(g, u):
+    return g * torch.exp(g) / (1 + torch.exp(g)) * u
+
+
+def growth_named_once(g, u):
+    growth = g.exp()
+    return growth / (growth + 1.0) * (g * u)
+
+
+def one_less_an_inverse(g, u):
+    return g * (1 - 1 / (1 + torch.exp(g))) * u
+
+
+def less_its_part(g, u):
+    return (g - g / (1 + torch.exp(g))) * u
+
+
+def one_less_a_sigmoid(g, u):
+    return u * g * (1 - torch.sigmoid(-g))
+
+
+def growth_of_a_sum(g, u):
+    gate = g + 2 * u
+    growth = torch.exp(gate)
+    return gate * growth / (1 + growth) * u
+
+
+def growth_in_a_packed_half(x):
+    gate, up = x.chunk(2, dim=-1)
+    return up * gate * (gate.exp() / (1 + gate.exp()))
+
+
 def t5_gelu(g, u):
     return 0.5 * g * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (g + 0.044715 * torch.pow(g, 3.0)))) * u
 
@@ -294,8 +326,11 @@ def t5_packed(x):
 
 GATED = {
     llama_swiglu: "silu_glu", retnet_glu: "silu_glu", sigmoid_in_fp32: "gelu_glu", expit: "silu_glu",
-    exponential: "silu_glu", doubled_and_halved: "silu_glu", t5_gelu: "gelu_tanh_glu", megatron_gelu: "gelu_tanh_glu",
-    gemma_geglu: "gelu_tanh_glu", erf_with_eight_digits: "gelu_glu", normal_cdf: "gelu_glu", reglu: "relu_glu",
+    exponential: "silu_glu", doubled_and_halved: "silu_glu", growth_over_growth: "silu_glu",
+    growth_named_once: "silu_glu", one_less_an_inverse: "silu_glu", less_its_part: "silu_glu",
+    one_less_a_sigmoid: "silu_glu", growth_of_a_sum: "silu_glu", growth_in_a_packed_half: "packed_silu_glu",
+    t5_gelu: "gelu_tanh_glu", megatron_gelu: "gelu_tanh_glu", gemma_geglu: "gelu_tanh_glu",
+    erf_with_eight_digits: "gelu_glu", normal_cdf: "gelu_glu", reglu: "relu_glu",
     palm: "silu_glu", olmo_swiglu: "silu_glu", chatglm: "packed_silu_glu", phi3: "packed_silu_glu",
     viewed_and_unbound: "packed_silu_glu", viewed_and_selected: "packed_silu_glu", t5_packed: "packed_gelu_glu",
 }  # fmt: skip
@@ -306,6 +341,15 @@ GATED = {
 def test_gated_unit(function, dtype, optimise):
     inputs = [states(dtype), states(dtype).flip(0)][: function.__code__.co_argcount]
     optimise(Gated(function), inputs, [GATED[function]], rtol=2e-6 if dtype == torch.float32 else 2**-5)
+
+
+@pytest.mark.parametrize("function", [growth_over_growth, one_less_an_inverse], ids=lambda f: f.__name__)
+def test_no_exponential_overflows(function):
+    """The kernel's sigmoid is right where the exponential of the original is infinite."""
+    gate, up = torch.tensor([[-200.0, -88.0, 0.5, 88.0, 89.0, 200.0]]), torch.full((1, 6), 3.0)
+    optimised = ligerfx.optimize(Gated(function), (torch.zeros(1, 6), up))
+    assert [r.pattern for r in optimised.report.rewrites] == ["silu_glu"]
+    torch.testing.assert_close(optimised(gate, up), F.silu(gate) * up)
 
 
 # -- look-alikes ---------------------------------------------------------------------------------------------
@@ -377,6 +421,11 @@ NOT_GATED = {
     "quick gelu": (lambda g, u: g * torch.sigmoid(1.702 * g) * u, "expected gate = 1.702*arg0, found "),
     "other gate": (lambda g, u: g.flip(0) * torch.sigmoid(g) * u, "expected gate = arg0, found arg1*flip(arg0, "),
     "activation of minus": (lambda g, u: g * torch.sigmoid(-g) * u, "expected gate = -arg0, found "),
+    "growth of the other": (lambda g, u: g * u.exp() / (1 + g.exp()) * u, "gate: -arg0 is no value"),
+    "one less the sigmoid": (lambda g, u: g * (1 - torch.sigmoid(g)) * u, "gate: -arg0 is no value"),
+    "one less two inverses, a tanh": (lambda g, u: g * (1 - 2 / (1 + g.exp())) * u, "gate: -arg0 is no value"),
+    "growth and two": (lambda g, u: g * g.exp() / (2 + g.exp()) * u, "gate: -arg0 is no value"),
+    "growth of another rate": (lambda g, u: g * g.exp() / (1 + (2 * g).exp()) * u, "gate: -2*arg0 is no value"),
     "another constant in the gelu": (
         lambda g, u: 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.0447 * g**3))) * u, "found 0.9996645",
     ),
@@ -405,6 +454,9 @@ FAR_FROM_GATED = {
     "sigmoid gate": lambda g, u: torch.sigmoid(g) * u,
     "powers of two": lambda g, u: g / (1 + torch.exp2(-g)) * u,
     "sum": lambda g, u: F.silu(g) + u,
+    "one and an inverse": lambda g, u: g * (1 + 1 / (1 + g.exp())) * u,
+    "two less an inverse": lambda g, u: g * (2 - 1 / (1 + g.exp())) * u,
+    "growth with a minus": lambda g, u: g * g.exp() / (1 - g.exp()) * u,
     "activation of the product": lambda g, u: F.silu(g * u),
 }
 

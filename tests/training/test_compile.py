@@ -218,13 +218,13 @@ def test_a_compiled_decoding_step_writes_to_the_cache_once(references):
 
 
 class Counting(torch.nn.Module):
-    """Counts its calls in a buffer, an attribute and a list."""
+    """Counts its calls in a buffer and an attribute."""
 
     def __init__(self):
         super().__init__()
         self.norm = torch.nn.RMSNorm(16)
         self.register_buffer("calls", torch.zeros(()))
-        self.plain, self.names = torch.zeros(()), []
+        self.plain = torch.zeros(())
 
     def forward(self, x):
         self.calls.add_(1)
@@ -242,3 +242,27 @@ def test_what_a_model_learns_when_it_is_compiled_leaves_its_state_alone(referenc
         torch.testing.assert_close(compiled(x), model.norm(x) * (before + call))
         assert optimised.calls.item() == optimised.plain.item() == before + call
         assert type(optimised.calls) is type(optimised.plain) is torch.Tensor
+
+
+class Noting(torch.nn.Module):
+    """Notes its calls in two lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(16)
+        self.widths, self._dtypes = [], []
+
+    def forward(self, x):
+        self.widths.append(x.shape[-1])
+        self._dtypes.append(x.dtype)
+        return self.norm(x)
+
+
+def test_what_a_model_learns_when_it_is_compiled_is_not_noted(references):
+    optimised = ligerfx.optimize(Noting(), (torch.randn(2, 16),))
+    before = len(optimised.widths)
+    compiled = torch.compile(optimised, backend="aot_eager")
+    for call in (1, 2):
+        compiled(torch.randn(2, 3, 16))
+        assert optimised.widths == [16] * (before + call)
+        assert optimised._dtypes == [torch.float32] * (before + call)

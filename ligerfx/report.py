@@ -169,7 +169,8 @@ class Report:
     def idioms(self) -> dict[str, int]:
         """How many basic idioms were rewritten; a kernel that covers several counts for each."""
         counts = Counter(idiom for rewrite in self.rewrites for idiom in rewrite.idioms)
-        return dict(counts.most_common())
+        known = list(TITLES)
+        return dict(sorted(counts.items(), key=lambda c: (-c[1], known.index(c[0]) if c[0] in known else len(known))))
 
     @property
     def counts(self) -> list[tuple[str, int, int]]:

@@ -146,7 +146,7 @@ def test_what_is_dissolved(built):
         assert layer._ligerfx_program.dissolved == {"norm1", "attn", "norm2", "mlp"}
     assert optimised.report.idioms == {"rms_norm": 7, "glu": 2}
     layer_patterns = [
-        "rms_norm_rounded_first_linear_x3", "add_rms_norm_rounded_first_silu_glu_mlp"
+        "rms_norm_rounded_first_linear_x3", "add_rms_norm_rounded_first_linear_x2", "silu_glu_linear"
     ]  # fmt: skip
     found = sorted((r.module, r.pattern) for r in optimised.report.rewrites if "norm" not in r.module)
     assert found == sorted((f"layers.{i}", name) for i in range(2) for name in layer_patterns)

@@ -85,7 +85,7 @@ def decimal(expr: sympy.Expr) -> sympy.Expr:
     return expr.xreplace({c: number(float(f"{float(c):.15g}")) for c in constants}) if constants else expr
 
 
-LARGEST = 16
+LARGEST = 8
 """Summands, multiplied out, of a value that an idiom may be found in. A matrix that is divided by the sums of its rows
 and columns in turn (Sinkhorn) would have 2 to the power of their number."""
 

@@ -195,7 +195,7 @@ def _grouped_mm(x: Tensor, weight: Tensor, **_: Any) -> tuple[Sizes, torch.dtype
     return (x.shape[0], weight.shape[-1]), x.dtype
 
 
-OF_ANY_LAYOUT = ("matmul",)
+OF_ANY_LAYOUT = ("matmul", "grid_sample")
 """Operations whose result is contiguous, whatever they are given."""
 
 

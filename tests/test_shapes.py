@@ -75,6 +75,7 @@ KNOWN = {
     "matmul of another layout": (torch.matmul, (transposed(), turned(transposed())), {}),
     "cat": (torch.cat, ([X, X],), {"dim": -1}),
     "cat of two sizes": (torch.cat, ((fake(3, 5, 8), fake(3, 7, 8)), 1), {}),
+    "grid_sample of another layout": (F.grid_sample, (transposed(), fake(3, 11, 4, 2)), {"align_corners": False}),
     "grid_sample": (F.grid_sample, (fake(3, 5, 7, 9), fake(3, 11, 4, 2)), {"mode": "bicubic", "align_corners": False}),
     "linear": (F.linear, (X, parameter(12, 8)), {}),
     "linear with bias": (F.linear, (X, parameter(12, 8), parameter(12)), {}),

@@ -92,8 +92,8 @@ HEAD = [
     "that rotates q and k, a call of cross entropy. A column shows how many of them were rewritten; of each of the "
     "others a near miss, or a module that stays as it is, gives the reason. *fp32* says whether loss, logits and "
     "every gradient are within 1e-5 of the original's, at the shape of the capture and at another one; *bf16* whether "
-    "they are as far from fp32 as the original's: over random models and batches, until the mean ratio of the two errors "
-    "is surely below 1.25 (of the loss, which is one number a batch, 1.5), or it is surely above 1.1. "
+    "they are as far from fp32 as the original's: over random models and batches, until the mean ratio of the two "
+    "errors is surely below 1.25 (of the loss, which is one number a batch, 1.5), or it is surely above 1.1. "
     "*s* is the time of `optimize`.",
 ]
 

@@ -1,9 +1,9 @@
 """Whether one of two noisy computations is further from the truth than the other, and not by chance.
 
-Rounding errors of a whole model vary from batch to batch by factors, and now and then one of them is a hundred times the
-others: an expert more or less was chosen, for a rounding. A mean of squares is then that one batch. What is compared is
-the ratio of the two errors of each batch: the mean of its logarithm, with a confidence interval. Of two computations
-that round equally often it is 0 whatever the distribution, and no batch counts more than another.
+Rounding errors of a whole model vary from batch to batch by factors, and now and then one of them is a hundred times
+the others: another expert was chosen, for a rounding. A mean of squares is then that one batch. What is compared is the
+ratio of the two errors of each batch: the mean of its logarithm, with a confidence interval. Of two computations that
+round equally often it is 0 whatever the distribution, and no batch counts more than another.
 """
 
 from __future__ import annotations

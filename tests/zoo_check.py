@@ -9,8 +9,8 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
-import torch
 import noise
+import torch
 import zoo as causal
 from sites import Sites, counted
 from torch import Tensor, nn

@@ -36,7 +36,7 @@ def test_model(name, references):
     assert not result["recaptured"], "another shape needed another capture"
 
 
-@pytest.mark.parametrize("name, outside", [("qwen2_vl", {"rope": 2}), ("mistral3", {"rope": 2}), ("smolvlm", {})])
+@pytest.mark.parametrize("name, outside", [("qwen2_vl", {"rope": 2}), ("mistral3", {}), ("smolvlm", {})])
 def test_with_images(name, outside, references, monkeypatch):
     """Grids of images in loops, images of several sizes, padding images: the loss and the language model are fused, and
     what rotates inside attention over pieces of an image is not."""

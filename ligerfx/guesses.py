@@ -22,7 +22,7 @@ from .symbols import FakeInputs
 _GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
 _QUESTIONS = {*_GUESSES, "tolist", "equal", "allclose", "is_nonzero"}
 
-_TAKING_SIZES = {"view", "reshape", "expand", "repeat", "split", "split_with_sizes", "narrow"}
+_TAKING_SIZES = {"view", "reshape", "expand", "repeat", "split", "split_with_sizes", "narrow", "interpolate"}
 
 
 @contextlib.contextmanager

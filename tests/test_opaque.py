@@ -124,6 +124,30 @@ def test_distributions_and_slices_may_need_the_data():
         optimised(torch.full((7, H), float("nan")), sizes)
 
 
+class Resized(nn.Module):
+    """Spreads its rows over as many as a tensor says, and keeps the positive ones, of which there may be enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, rows, sizes):
+        (count,) = sizes
+        rows = nn.functional.interpolate(self.norm(rows).T[None], size=(count,), mode="linear")[0].T
+        positive = rows[rows.sum(-1) > 0]
+        return positive if positive.shape[0] > 2 else rows
+
+
+def test_sizes_in_a_tensor_and_sizes_that_the_data_tell():
+    model = Model()
+    model.pieces = Resized()
+    optimised = ligerfx.optimize(model, (torch.randn(7, H), torch.tensor([9])))
+    assert list(optimised.report.opaque) == ["pieces"] and optimised.report.idioms == {"rms_norm": 2}
+    for seed, count in enumerate((9, 4, 2, 15)):
+        torch.manual_seed(seed)
+        assert_same(model, optimised, torch.randn(7, H), torch.tensor([count]))
+
+
 def test_values_are_known_as_far_as_the_example_inputs_tell():
     fakes = FakeInputs()
     guesses = Guesses(fakes)

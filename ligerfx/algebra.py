@@ -112,7 +112,7 @@ def _argument_of_sigmoid(expr: sympy.Expr) -> sympy.Expr | None:
     return -other.exp if one == 1 and isinstance(other, sympy.exp) else None
 
 
-LARGEST = 32
+LARGEST = 8
 """Summands, multiplied out, of a value that an idiom may be found in. A matrix that is divided by the sums of its rows
 and columns in turn (Sinkhorn) would have 2 to the power of their number."""
 

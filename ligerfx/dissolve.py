@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
-from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -21,6 +22,7 @@ from torch.fx import Graph, Node, map_arg
 
 from .capture import Capture, join, runs_its_forward
 from .errors import CaptureError
+from .operations import VIEWS, op_name
 from .symbols import bind_sizes, expression, size_node
 from .traced_numbers import TracedFloat, TracedInt
 
@@ -159,6 +161,37 @@ def _merge(new: Capture, child: Capture, path: str, given: list) -> None:
             new.leaf_values[position].used = True
         if index not in child.passed_on:
             new.passed_on.discard(position)
+
+
+class Borders(NamedTuple):
+    """Where in a graph with dissolved calls a match can be on both sides of an edge between two modules."""
+
+    behind: set[Node]  # what it may end in
+    around: set[Node]  # what may take part in it
+
+
+def borders(graph: Graph, steps: int) -> Borders:
+    """The nodes that are at most so many operations away from an edge between two modules, views and casts not
+    counted."""
+
+    def distances(nodes: Iterable[Node], neighbours: Callable[[Node], Iterable[Node]]) -> dict[Node, float]:
+        found: dict[Node, float] = {}
+        for node in nodes:
+            others = [other for other in neighbours(node) if isinstance(other.meta.get("val"), torch.Tensor)]
+            if any(_scope(other) != _scope(node) for other in others):
+                found[node] = 0
+            else:
+                found[node] = min((found[other] for other in others), default=math.inf) + (op_name(node) not in VIEWS)
+        return found
+
+    after = distances(graph.nodes, lambda node: node.all_input_nodes)
+    before = distances(reversed(graph.nodes), lambda node: node.users)
+    behind = {node for node in graph.nodes if after[node] <= steps}
+    return Borders(behind, behind | {node for node in graph.nodes if before[node] <= steps})
+
+
+def _scope(node: Node) -> str:
+    return node.meta.get("scope", "")
 
 
 def straddled(reaches: Iterable[set[str]], candidates: Collection[str]) -> set[str]:

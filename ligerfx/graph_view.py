@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
@@ -9,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .canonical import Canonicalizer
+from .dissolve import Borders
 from .operations import is_cast, op_name
 from .pattern import split
 from .terms import SIZED, Terms
@@ -19,9 +22,11 @@ class View:
 
     With `cut`, arithmetic whose result is used more than once is taken as given: an input of the idiom may
     itself be a sum or a product, which would otherwise be multiplied out with the rest.
+
+    With `within`, values are worked out only around the borders of modules, and others taken as given.
     """
 
-    def __init__(self, graph: Graph, cut: bool = False) -> None:
+    def __init__(self, graph: Graph, cut: bool = False, within: Borders | None = None) -> None:
         self.terms = Terms()
         self.values: dict[Node, sympy.Expr] = {}
         self.nodes_of: dict[sympy.Expr, list[Node]] = {}
@@ -30,6 +35,10 @@ class View:
         canonical = Canonicalizer(self.terms, rounding=False)
         for node in graph.nodes:
             if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
+                continue
+            if within is not None and node not in within.around:
+                self.values[node] = canonical.take(node)
+                self.nodes_of[self.values[node]] = [node]
                 continue
             value = self.computed[node] = canonical.value(node)
             if (
@@ -43,12 +52,22 @@ class View:
                 value = symbol
             self.values[node] = value
             self.nodes_of.setdefault(value, []).append(node)
+        self.computed_by: dict[Any, list[Node]] = {}  # by operation
+        for node, value in self.computed.items():
+            if node.op not in ("placeholder", "get_attr") and (within is None or node in within.behind):
+                self.computed_by.setdefault(self.operation(value), []).append(node)
         self._operands: dict[tuple, tuple[sympy.Expr, list[sympy.Expr]]] = {}
         self.alike: dict[tuple, list[sympy.Expr]] = {}  # slices of one value, or views of one
         for value in self.nodes_of:
             term = self.terms.terms.get(value)
             if term is not None and term.op in SIZED:
                 self.alike.setdefault((term.op, term.args), []).append(value)
+
+    def nodes_by(self, operation: Any) -> Iterator[Node]:
+        """The nodes that an operation computes (any if it is None), last ones first."""
+        if operation is None:
+            return iter(sorted(itertools.chain(*self.computed_by.values()), reverse=True))
+        return reversed(self.computed_by.get(operation, ()))
 
     def operation(self, value: sympy.Expr) -> Any:
         """What computes a value: the name of a term's operation, or a class of sympy."""

@@ -3,7 +3,7 @@
 Such a module stays as it is: what is wanted of a run of its forward on fakes is how it calls the modules inside, and
 the kind of its output. Its code may look at the grid of an image, or for the places of its tokens. These follow from
 the example inputs alone, whose values are there: operations on nothing else run on them, too. What cannot be known is
-guessed to be 0, False or empty.
+guessed to be 0, False or empty, and a slice to be of any size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -21,7 +22,23 @@ from .symbols import FakeInputs
 _GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
 _QUESTIONS = {*_GUESSES, "tolist", "equal", "allclose", "is_nonzero"}
 
-_TAKING_SIZES = {"view", "reshape", "expand", "repeat", "split", "split_with_sizes", "narrow"}
+_TAKING_SIZES = {"view", "reshape", "expand", "repeat", "split", "split_with_sizes", "narrow", "interpolate"}
+
+
+@contextlib.contextmanager
+def _distributions_unchecked() -> Iterator[None]:
+    """A distribution refuses parameters that are not valid, as a guess about them is not."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def _is_open(item: Any) -> bool:
+    """Whether a slice is bounded by tensors, whose values are not known."""
+    return isinstance(item, slice) and any(isinstance(b, torch.Tensor) for b in (item.start, item.stop, item.step))
 
 
 class Guesses:
@@ -57,8 +74,9 @@ class Guesses:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Operations on values leave torch's random numbers as they were."""
-        with torch.random.fork_rng(devices={t.device for t in self._given.values() if t.is_cuda}):
+        """Operations on values leave torch's random numbers as they were, and distributions do not look at guesses."""
+        devices = {t.device for t in self._given.values() if t.is_cuda}
+        with torch.random.fork_rng(devices=devices), _distributions_unchecked():
             yield
 
     def answer(self, name: str, args: tuple, kwargs: dict) -> Any:
@@ -76,6 +94,9 @@ class Guesses:
             args, kwargs = (args[0], *tree_map(self._number, args[1:])), tree_map(self._number, kwargs)
         elif name == "__getitem__":
             args = tree_map(self._bounds, args, is_leaf=lambda leaf: isinstance(leaf, slice))
+            items = args[1] if isinstance(args[1], tuple) else args[1:]
+            if any(map(_is_open, items)) and not any(isinstance(item, (torch.Tensor, list)) for item in items):
+                return self._sliced(on_fakes, func, args[0], items)
         known, real = self._on_values(func, args, kwargs)
         if known and name in _QUESTIONS:
             return real
@@ -105,7 +126,20 @@ class Guesses:
         return not isinstance(leaf, torch.Tensor) or id(leaf) in self._values or id(leaf) in self._given
 
     def _bounds(self, leaf: Any) -> Any:
+        """A slice with numbers for bounds, where they are known."""
         return slice(*map(self._number, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else leaf
+
+    def _sliced(self, on_fakes: Callable, func: Callable, x: torch.Tensor, items: tuple) -> torch.Tensor:
+        """A part of a tensor, of a size that the data tell: any."""
+        out = on_fakes(func, "__getitem__", (x, tuple(slice(None) if _is_open(i) else i for i in items)), {})
+        sizes = list(out.shape)
+        dims = [item for item in items if not isinstance(item, int)]  # a number takes a dimension away
+        for place, item in enumerate(dims):
+            if _is_open(item):
+                behind = any(before is ... for before in dims[:place])
+                dim = place - len(dims) if behind else place
+                sizes[dim] = self.fakes.own_size(sizes[dim])
+        return out.new_empty(sizes)
 
     def _number(self, leaf: Any) -> Any:
         """A number in place of a tensor that holds one, where it is known."""

@@ -19,8 +19,9 @@ from torch.fx import Graph, Node
 
 from .algebra import normal
 from .canonical import Canonicalizer
+from .dissolve import Borders
 from .graph_view import View
-from .matches import Match, cone_of, obstacle
+from .matches import Match, Places, between, obstacle
 from .near_misses import MISFIT, NEARLY, OBSTRUCTED, UNPROVED, NearMiss, best_near_misses
 from .operations import op_name
 from .pattern import Pattern, Variant, check_dimensions
@@ -30,24 +31,22 @@ from .unifier import Bindings, Unifier
 
 
 class Matcher:
-    """Matches patterns against one graph."""
+    """Matches patterns against one graph, or `within` a part of it: what crosses the borders of modules."""
 
-    def __init__(self, graph: Graph, fakes: FakeInputs) -> None:
+    def __init__(self, graph: Graph, fakes: FakeInputs, within: Borders | None = None) -> None:
         self.graph = graph
         self.fakes = fakes
         self.fakes.proofs = fakes.proofs or Proofs(fakes)
         _merge_equal_views(graph)
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.view = View(graph)
-        cut = View(graph, cut=True)
+        self.places = Places(graph)
+        self.view = View(graph, within=within)
+        cut = View(graph, cut=True, within=within)
         self.views = [self.view, cut] if cut.inner else [self.view]
         self._kinds: dict[Node, tuple] = {}
         self._found: dict[tuple, Canonicalizer] = {}  # values as proofs see them, by what stands for the inputs
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
-        self._roots: dict[Any, set[Node]] = {}  # where a pattern may match, by the operation that computes the node
-        for view, node in itertools.product(self.views, self.view.values):
-            if node.op not in ("placeholder", "get_attr"):
-                self._roots.setdefault(view.operation(view.computed[node]), set()).add(node)
+        self._further: dict[tuple, dict[sympy.Expr, list[Bindings]]] = {}  # what further outputs may be, by value
+        self._tried: set[tuple] = set()  # choices of outputs and inputs that led to no match
         self._proposals: dict[tuple, tuple] = {}  # what a Unifier finds, by the pattern's form, view and value
 
     def find(
@@ -94,16 +93,16 @@ class Matcher:
                     self._looked_at[pattern, root] = self._match_at(pattern, root, misses)
                 match = self._looked_at[pattern, root]
                 if match is not None and not match.interior & taken:
-                    candidates.append((-pattern.benefit, -len(match.interior), rank, -self.order[root], match))
+                    candidates.append((-pattern.benefit, -len(match.interior), rank, -self.places.order[root], match))
                     outputs |= set(match.outputs)
                     inside |= match.interior - set(match.outputs)
         return candidates
 
     def _possible_roots(self, pattern: Pattern) -> list[Node]:
         """Nodes that are computed by the same operation as a pattern's first output, last ones first."""
-        operations = {variant.operation for variant in pattern.variants}
-        roots = self._roots.values() if None in operations else (self._roots.get(o, ()) for o in operations)
-        return sorted(set().union(*roots), key=self.order.__getitem__, reverse=True)
+        operations = {variant.operations[variant.search_order[0]] for variant in pattern.variants}
+        found = {n for view, operation in itertools.product(self.views, operations) for n in view.nodes_by(operation)}
+        return sorted(found, key=self.places.order.__getitem__, reverse=True)
 
     def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, Unifier]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
@@ -123,17 +122,21 @@ class Matcher:
     def _prove(self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: Unifier) -> Iterator[Match]:
         """The usable matches that follow from a proposal: further outputs located, inputs chosen among nodes of
         equal value, each choice proved. `roots` holds the nodes of the outputs found so far."""
-        cone = cone_of(roots.values())
+        cone = self.places.cone_of(roots.values())
         missing = next((i for i in variant.search_order if i not in roots), None)
         if missing is not None and any(s not in bindings for s in variant.parameters_in(variant.outputs[missing])):
-            values = unifier.view.computed
-            for root in reversed(values):
-                if root in cone or root.op in ("placeholder", "get_attr"):
+            # Several nodes may have one value, casts of it for example: here, and among those found already.
+            known = variant, missing, unifier.view, frozenset(bindings.items())
+            further = self._further.setdefault(known, {})
+            for root in unifier.view.nodes_by(variant.operations[missing]):
+                if self.places.has(cone, root):
                     continue
-                if not variant.may_be(missing, values[root], unifier.view.terms):
-                    continue
-                for more in unifier.unify(variant.outputs[missing], values[root], bindings):
+                value = unifier.view.computed[root]
+                if value not in further:
+                    further[value] = list(unifier.unify(variant.outputs[missing], value, bindings))
+                for more in further[value]:
                     yield from self._prove(variant, {**roots, missing: root}, more, unifier)
+            unifier.note_missing(variant.outputs[missing])
             return
         names = {s: n for n, s in variant.parameters.items()}
         constants = {}
@@ -143,10 +146,16 @@ class Matcher:
             if variant.kinds[symbol] == "constant":
                 constants[name] = _python_constant(value, variant.pattern.constants[name])
             else:
-                nodes = [n for n in unifier.view.nodes_of[value] if n in cone]
+                nodes = [n for n in unifier.view.nodes_of[value] if self.places.has(cone, n)]
                 candidates.append([(name, n) for n in nodes])
+        if missing is None and self._is_hopeless(roots, candidates, unifier):
+            return
         for choice in itertools.product(*candidates):
             inputs = dict(choice)
+            attempt = variant, tuple(roots.items()), tuple(sorted(inputs.items())), tuple(constants.items())
+            if attempt in self._tried:  # what is proposed in both views
+                continue
+            self._tried.add(attempt)
             match = None
             if missing is None:  # a proof would be in vain if this could not be used
                 match = self._match(variant, inputs, constants, [roots[i] for i in sorted(roots)])
@@ -163,13 +172,24 @@ class Matcher:
                     continue
             yield match
 
+    def _is_hopeless(self, roots: dict[int, Node], candidates: list[list[tuple[str, Node]]], unifier: Unifier) -> bool:
+        """Whether, whatever inputs are chosen, an output is used before another's input is there."""
+        order, cone = self.places.order, self.places.cone_of(roots.values())
+        first = (min((order[n] for _, n in nodes if n.op != "get_attr"), default=0) for nodes in candidates)
+        last_input = max(first, default=0)
+        for root in roots.values():
+            if any(order[user] < last_input and not self.places.has(cone, user) for user in root.users):
+                unifier.note(UNPROVED, f"`{root}` is used before the last input is there")
+                return True
+        return False
+
     def _match(
         self, variant: Variant, inputs: dict[str, Node], constants: dict[str, Any], outputs: list[Node]
     ) -> Match:
-        interior = cone_of(outputs, stop=set(inputs.values()))
+        interior = between(outputs, set(inputs.values()))
         interior = {n for n in interior if n.op not in ("placeholder", "get_attr") and _is_tensor(n)}
         ordered = {n: inputs[n] for n in variant.pattern.tensors if n in inputs}
-        lines = [n.meta for n in sorted(interior, key=self.order.__getitem__) if "source" in n.meta]
+        lines = [n.meta for n in sorted(interior, key=self.places.order.__getitem__) if "source" in n.meta]
         source = tuple(dict.fromkeys((meta["source"], meta["line"]) for meta in lines))
         return Match(variant.pattern, ordered, constants, outputs, interior, source)
 
@@ -192,7 +212,7 @@ class Matcher:
         found = self._found[known]
         outputs: list[Node] = []
         for position, (want, value) in enumerate(wanted):
-            computed = [n for n in self.view.values if n.op not in ("placeholder", "get_attr")]
+            computed = [n for n in self.view.computed if n.op not in ("placeholder", "get_attr")]
             nodes = [roots[position]] if position in roots else computed
             kind = _kind(want)
             node = next((n for n in nodes if self._kind(n) == kind and normal(found.value(n)) == value), None)
@@ -209,7 +229,7 @@ class Matcher:
 
     def _is_obstructed(self, match: Match, unifier: Unifier, share: float) -> bool:
         """Whether the match cannot be rewritten; the unifier is told why, for a match that came so far."""
-        problem = obstacle(match, self.order)
+        problem = obstacle(match, self.places)
         if problem is not None:
             unifier.note(share, problem)
         return problem is not None

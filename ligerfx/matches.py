@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .operations import VIEWS, mutates, op_name
 from .pattern import Pattern
@@ -47,22 +49,47 @@ class Match:
         return [user for user in users if user not in self.interior and user > first]
 
 
-def cone_of(roots: Iterable[Node], stop: set[Node] = frozenset()) -> set[Node]:
-    """All nodes that the roots depend on, down to and without `stop`; parameters of leaf layers included."""
+class Places:
+    """Where the nodes of a graph stand, and what each depends on. A set of nodes is a number, a bit for each."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self._cones: dict[Node, int] = {}
+        for node, place in self.order.items():
+            cone = 1 << place
+            for given in _given_to(node):
+                cone |= self._cones[given]
+            self._cones[node] = cone
+
+    def cone_of(self, nodes: Iterable[Node]) -> int:
+        """The nodes, and all that they depend on."""
+        return functools.reduce(operator.or_, (self._cones[node] for node in nodes), 0)
+
+    def has(self, cone: int, node: Node) -> bool:
+        return bool(cone >> self.order[node] & 1)
+
+
+def _given_to(node: Node) -> list[Node]:
+    """What a node computes with; parameters of leaf layers included."""
+    return [*node.all_input_nodes, *node.meta.get("parameters", {}).values()]
+
+
+def between(outputs: Iterable[Node], inputs: set[Node]) -> set[Node]:
+    """The nodes that the outputs depend on, themselves included, down to and without the inputs."""
     seen: set[Node] = set()
-    pending = list(roots)
+    pending = list(outputs)
     while pending:
         node = pending.pop()
-        if node in seen or node in stop:
+        if node in seen or node in inputs:
             continue
         seen.add(node)
-        pending += node.all_input_nodes
-        pending += node.meta.get("parameters", {}).values()
+        pending += _given_to(node)
     return seen
 
 
-def obstacle(match: Match, order: dict[Node, int]) -> str | None:
-    """Why a proved match cannot be rewritten, None where it can. `order` holds the place of each node in its graph."""
+def obstacle(match: Match, places: Places) -> str | None:
+    """Why a proved match cannot be rewritten, None where it can."""
+    order = places.order
     outputs = set(match.outputs)
     for node in sorted(match.interior, key=order.__getitem__):
         if mutates(node):
@@ -75,11 +102,11 @@ def obstacle(match: Match, order: dict[Node, int]) -> str | None:
                 return f"`{node}` has a second user, `{user}`{where}"
     # Parameters can be read anywhere.
     last_input = max((order[n] for n in match.inputs.values() if n.op != "get_attr"), default=0)
-    before_inputs = cone_of(match.inputs.values())
+    before_inputs = places.cone_of(match.inputs.values())
     kept = [n for n in match.interior if n in outputs or _follows_from(n, outputs, match.interior)]
     for node in sorted(kept, key=order.__getitem__):
         outside = [user for user in node.users if user not in match.interior]
-        if node in before_inputs or any(order[user] < last_input for user in outside):
+        if places.has(before_inputs, node) or any(order[user] < last_input for user in outside):
             return f"`{node}` is used before the last input is there"
     for node in match.inputs.values():
         if change := _change_in_place(node):

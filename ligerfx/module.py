@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from .capture import Capture, Read, StandsFor, structure
 from .cost import Cost, cost
 from .deferred import deferred_logits, settled_if_sharded
-from .dissolve import dissolved, scopes, straddled
+from .dissolve import Borders, borders, dissolved, scopes, straddled
 from .entry import MISS, entry_for
 from .errors import CaptureError, PatternError
 from .guard import guard_of, size_conditions
@@ -72,6 +72,11 @@ class Program:
         return self  # immutable; holds nothing of the module that it runs on
 
 
+ROUNDABOUT = 4
+"""By how many operations a model may spell an idiom longer than its pattern does, and still be seen to go on in another
+module."""
+
+
 @dataclass(eq=False)
 class Session:
     """What the modules of one optimised model share: the patterns, and programs that twins may take over."""
@@ -99,20 +104,20 @@ class Session:
         return Program(capture, lambda module, leaves: True)
 
     def _compile(self, capture: Capture, fakes: FakeInputs) -> Program:
-        found = self._match(dissolved(capture, candidates := scopes(capture)), fakes)
-        chosen = straddled([match.reach for match in found[1]], candidates)
-        if chosen:
-            with contextlib.suppress(CaptureError):  # which says that the callers' sizes do not tell those inside
-                if len(chosen) < len(candidates):
-                    found = self._match(dissolved(capture, chosen), fakes)
-                return self._rewritten(*found, chosen)
-        if candidates:
-            found = self._match(dissolved(capture), fakes)
-        return self._rewritten(*found, set())
+        if candidates := scopes(capture):
+            whole = dissolved(capture, candidates)
+            steps = ROUNDABOUT + max((pattern.depth for pattern in self.patterns), default=0)
+            matches = self._match(whole, fakes, borders(whole.graph, steps))[1]
+            if chosen := straddled([match.reach for match in matches], candidates):
+                with contextlib.suppress(CaptureError):  # which says that the callers' sizes do not tell those inside
+                    return self._rewritten(*self._match(dissolved(capture, chosen), fakes), chosen)
+        return self._rewritten(*self._match(dissolved(capture), fakes), set())
 
-    def _match(self, capture: Capture, fakes: FakeInputs) -> tuple[Capture, list[Match], list[NearMiss]]:
+    def _match(
+        self, capture: Capture, fakes: FakeInputs, within: Borders | None = None
+    ) -> tuple[Capture, list[Match], list[NearMiss]]:
         with fakes.shape_env.suppress_guards():  # what a pattern asks about sizes, its replacement asks again
-            return capture, *Matcher(capture.graph, fakes).find(self.patterns, self.refuse)
+            return capture, *Matcher(capture.graph, fakes, within).find(self.patterns, self.refuse)
 
     def _rewritten(self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str]) -> Program:
         matches = matches[: self.limit]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +94,28 @@ def optimize(
         raise OptimizeError(f"max_rewrites must not be negative, got {max_rewrites}")
     args, kwargs = normalized_inputs(model, example_inputs)
     searched = patterns_for(patterns, defaults, low_memory, _device(args, kwargs))
+    with _collector_paused():
+        result = _optimized(model, args, kwargs, Session(searched, Verifier().refuse if verify else None), max_rewrites)
+    _warn_of_what_stays(result.report, _replaced(model))
+    return result
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Python's collector of cycles looks at all objects of the process each time, those of torch and transformers too:
+    0.3 s, several times in the second in which a large model is captured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _optimized(
+    model: nn.Module, args: tuple, kwargs: dict[str, Any], session: Session, max_rewrites: int | None
+) -> OptimizedModule:
     tracer = Tracer(model, original_class=original_class)
     capture = tracer.trace(args, kwargs)
     if capture.error is not None:
@@ -99,7 +123,6 @@ def optimize(
     replaced = _replaced(model)
     if "" in replaced:
         capture.error = replaced[""]
-    session = Session(searched, Verifier().refuse if verify else None)
     programs = _compile(capture, session, tracer)
     if max_rewrites is not None:
         programs = _limited(capture, session, tracer, programs, max_rewrites)
@@ -107,7 +130,6 @@ def optimize(
     opaque = replaced | {path: sub.error for path, sub in capture.subtree() if sub.error}
     report = Report.of(result, opaque, programs)
     result.__dict__["report"] = report
-    _warn_of_what_stays(report, replaced)
     return result
 
 

@@ -66,6 +66,14 @@ class Pattern:
         present = [dict(zip(sorted(self.optional), choice, strict=True)) for choice in choices]
         return [_variant(self, {n for n, there in p.items() if not there}) for p in present]
 
+    @functools.cached_property
+    def depth(self) -> int:
+        """How many operations, one after the other, lead from an input to an output."""
+        found: dict[Node, int] = {}
+        for node in self.variants[0].graph.nodes:
+            found[node] = 1 + max((found[given] for given in node.all_input_nodes), default=-1)
+        return max(found.values())
+
     @property
     def targets(self) -> tuple[Callable, ...]:
         """What replaces the idiom: one function, or one for each output."""
@@ -137,9 +145,11 @@ class Variant:
         return sorted(range(len(count)), key=lambda i: (-count[i], -i))
 
     @functools.cached_property
-    def operation(self) -> Any:
-        """What computes the output that is searched for first, as `View.operation` tells it; None if it varies."""
-        value = self.outputs[self.search_order[0]]
+    def operations(self) -> list[Any]:
+        """What computes each output, as `View.operation` tells it; None if it varies."""
+        return [self._operation(value) for value in self.outputs]
+
+    def _operation(self, value: sympy.Expr) -> Any:
         if value in self.terms.terms:
             operation = self.terms.terms[value].op
             return None if operation in SIZED else operation
@@ -195,12 +205,6 @@ class Variant:
         if value in self.kinds:
             return 3
         return 0 if any(s in self.terms.terms for s in value.free_symbols) else 1
-
-    def may_be(self, output: int, value: sympy.Expr, terms: Terms) -> bool:
-        """False where an output is one operation and `value` another: nothing needs to be tried."""
-        want = self.terms.terms.get(self.outputs[output])
-        have = terms.terms.get(value)
-        return want is None or want.op in SIZED or (have is not None and have.op == want.op)
 
     def parameters_in(self, value: sympy.Expr) -> set[sympy.Symbol]:
         """The parameters that a canonical value of this variant depends on."""

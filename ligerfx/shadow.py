@@ -101,8 +101,9 @@ def is_leaf_module(module: nn.Module, cls: type) -> bool:
 
 
 def owns_nothing(module: nn.Module) -> bool:
-    """True for activation functions and the like, which have no parameters, buffers or children."""
-    owns = parameters_of(module) or module._buffers or module._modules
+    """True for activation functions, losses and the like, which have no parameters, buffers or children."""
+    buffers = any(buffer is not None for buffer in module._buffers.values())  # a loss may have class weights
+    owns = parameters_of(module) or buffers or module._modules
     return not owns and runs_its_forward(module)
 
 

@@ -12,15 +12,15 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .capture import works_in_place
+from .shape_rules import GROUPED, OF_ANY_LAYOUT, RULES, expressions
 from .symbols import FakeInputs, expression
 from .traced_numbers import TracedFloat, TracedInt, plain
-
-Sizes = Sequence[int | torch.SymInt]
 
 
 class _Unknown(Exception):
@@ -58,7 +58,7 @@ class Shapes:
         """What the result of a call depends on, but for the memory of its tensors."""
         if not args or name == "__get__" or works_in_place(name, kwargs) or torch.is_inference_mode_enabled():
             raise _Unknown
-        first = args[0][0] if isinstance(args[0], (tuple, list)) and args[0] else args[0]
+        first = _first(args)
         if type(first) is not FakeTensor or _autocasts(first.device):
             raise _Unknown
         return function, _described(args), _described(kwargs), torch.get_default_dtype()
@@ -87,17 +87,20 @@ class Shapes:
 
     def result(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """What the operation called `name` returns, a new fake; None where torch has to tell."""
-        rule = _RULES.get(name)
-        if rule is None or not args or not isinstance(args[0], FakeTensor):
+        rule = RULES.get(name)
+        if rule is None or not args or type(first := _first(args)) is not FakeTensor:
             return None
-        device = args[0].device
-        if name in _GROUPED:  # torch knows it of bf16 fakes alone
+        device = first.device
+        if name in GROUPED:  # torch knows it of bf16 fakes alone
             sizes, dtype = rule(*args, **kwargs)
             return self.fakes.of_layout(sizes, None, dtype, device)
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        given = args[0] if isinstance(args[0], (tuple, list)) else args[:1]
+        tensors = [a for a in (*given, *args[1:], *kwargs.values()) if isinstance(a, Tensor)]
         if _autocasts(device) or torch.is_inference_mode_enabled():
             return None
-        if not all(isinstance(t, FakeTensor) and t.device == device and self._is_contiguous(t) for t in tensors):
+        if not all(isinstance(t, FakeTensor) and t.device == device for t in tensors):
+            return None
+        if name not in OF_ANY_LAYOUT and not all(map(self._is_contiguous, tensors)):
             return None
         try:
             found = rule(*args, **kwargs)
@@ -106,15 +109,19 @@ class Shapes:
         if found is None:
             return None
         sizes, dtype = found
+        known = self.fakes.shape_env.backed_var_to_val
+        if any(isinstance(size, sympy.Basic) and not size.free_symbols <= known.keys() for size in sizes):
+            return None
+        sizes = [self.fakes.of_expression(size) if isinstance(size, sympy.Basic) else size for size in sizes]
         return self.fakes.of_layout(sizes, None, dtype, device)
 
     def _is_contiguous(self, tensor: Tensor) -> bool:
-        sizes = _expressions(tensor.shape)
+        sizes = expressions(tensor.shape)
         if sizes not in self._strides:
-            self._strides[sizes] = _expressions(
+            self._strides[sizes] = expressions(
                 self.fakes.of_layout(tensor.shape, None, tensor.dtype, tensor.device).stride()
             )
-        return _expressions(tensor.stride()) == self._strides[sizes]
+        return expressions(tensor.stride()) == self._strides[sizes]
 
 
 _STATIC = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, type(...))
@@ -128,7 +135,7 @@ def _described(value: Any) -> Any:
             raise _Unknown
         if value.is_conj() or value.is_neg():
             raise _Unknown
-        return _expressions(value.shape), _expressions(value.stride()), value.dtype, value.device
+        return expressions(value.shape), expressions(value.stride()), value.dtype, value.device
     if kind in _STATIC:
         return kind, value
     if kind in (TracedInt, TracedFloat):
@@ -144,86 +151,10 @@ def _described(value: Any) -> Any:
     raise _Unknown
 
 
+def _first(args: tuple) -> Any:
+    """The first tensor of a call: its first argument, or the first in that list."""
+    return args[0][0] if isinstance(args[0], (tuple, list)) and args[0] else args[0]
+
+
 def _autocasts(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-Rule = Callable[..., tuple[Sizes, torch.dtype] | None]
-_RULES: dict[str, Rule] = {}
-
-
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
-
-
-@_rule("add", "sub", "mul", "div", "truediv", "__truediv__")
-def _arithmetic(a: Tensor, b: Tensor | float) -> tuple[Sizes, torch.dtype] | None:
-    if not a.is_floating_point() or not a.ndim:
-        return None
-    if type(b) in (int, float):
-        return a.shape, a.dtype
-    if not isinstance(b, Tensor) or not b.is_floating_point() or not b.ndim:
-        return None
-    for large, small in ((a, b), (b, a)):
-        sizes = zip(reversed(_expressions(small.shape)), reversed(_expressions(large.shape)), strict=False)
-        if small.ndim <= large.ndim and all(size in (whole, 1) for size, whole in sizes):
-            return large.shape, torch.promote_types(a.dtype, b.dtype)
-    return None
-
-
-@_rule("neg", "rsqrt", "silu", "gelu", "tanh", "sigmoid")
-def _function(x: Tensor, inplace: bool = False, approximate: str = "none") -> tuple[Sizes, torch.dtype] | None:
-    return (x.shape, x.dtype) if x.is_floating_point() and not inplace else None
-
-
-@_rule("pow")
-def _pow(x: Tensor, exponent: float) -> tuple[Sizes, torch.dtype] | None:
-    return (x.shape, x.dtype) if x.is_floating_point() and type(exponent) in (int, float) else None
-
-
-@_rule("mean")
-def _mean(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Sizes, torch.dtype] | None:
-    if not x.is_floating_point() or dim not in (-1, (-1,), [-1]) or not keepdim or not x.ndim:
-        return None
-    return (*x.shape[:-1], 1), x.dtype
-
-
-@_rule("linear")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Sizes, torch.dtype] | None:
-    if x.ndim < 2 or weight.ndim != 2 or any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
-        return None
-    outer, inner = _expressions(weight.shape)
-    if _expressions(x.shape[-1:]) != (inner,) or (bias is not None and _expressions(bias.shape) != (outer,)):
-        return None
-    return (*x.shape[:-1], weight.shape[0]), x.dtype
-
-
-@_rule("cross_entropy")
-def _cross_entropy(
-    logits: Tensor, target: Tensor, weight: None = None, size_average: None = None, ignore_index: int = -100,
-    reduce: None = None, reduction: str = "mean", label_smoothing: float = 0.0,
-) -> tuple[Sizes, torch.dtype] | None:  # fmt: skip
-    if not (weight is size_average is reduce is None) or reduction not in ("mean", "sum"):
-        return None
-    if logits.ndim != 2 or not logits.is_floating_point() or target.dtype != torch.int64:
-        return None
-    if _expressions(target.shape) != _expressions(logits.shape[:1]):
-        return None
-    return (), logits.dtype
-
-
-_GROUPED = ("grouped_mm", "_grouped_mm")
-
-
-@_rule(*_GROUPED)
-def _grouped_mm(x: Tensor, weight: Tensor, **_: Any) -> tuple[Sizes, torch.dtype]:
-    """Rows of x [S, K], in groups, times a matrix [K, N] for each group."""
-    return (x.shape[0], weight.shape[-1]), x.dtype
-
-
-def _expressions(sizes: Sizes) -> tuple:
-    return tuple(map(expression, sizes))

@@ -56,13 +56,18 @@ class _Sizes(ShapeEnv):
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if not sym_node.expr.is_number and not self._suppress_guards_tls():
-            if self.guessing and sym_node.hint is not None:
-                return sympy.sympify(sym_node.hint)
+            if self.guessing:
+                return sympy.sympify(self._guess(sym_node.expr) if sym_node.hint is None else sym_node.hint)
             if sym_node.pytype is int and not (self.counting and not sym_node.expr.is_symbol):
                 raise CaptureError(
                     f"its Python code needs the size {sym_node.expr} as a number, to loop over it perhaps"
                 )
         return super().evaluate_sym_node(sym_node, *args, **kwargs)
+
+    def _guess(self, size: sympy.Basic) -> sympy.Basic:
+        """A size, or what is asked about it, with a number for each size that the data tell."""
+        known = self.backed_var_to_val
+        return size.xreplace({symbol: known.get(symbol, sympy.Integer(UNKNOWN)) for symbol in size.free_symbols})
 
 
 UNKNOWN = 11

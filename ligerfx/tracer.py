@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .capture import PLAIN, Alias, Capture, has_own_hooks, join, own_methods, parameters_of, present_parameters
+from .capture import PLAIN, Alias, Capture, Read, has_own_hooks, join, own_methods, parameters_of, present_parameters
 from .dissolve import may_dissolve
 from .errors import CaptureError
 from .frame import Frame
@@ -106,7 +106,10 @@ class Tracer(Recorder):
         real = self.origins.modules[id(shadow)]
         cls = self.original_class(real)
         if self.frames and owns_nothing(real):
-            self.frames[-1].capture.absorbed[self.frames[-1].relative(path)] = (cls, ())
+            frame, own = self.frames[-1], self.frames[-1].relative(path)
+            frame.capture.absorbed[own] = (cls, ())
+            if real._buffers:  # a loss gets class weights later, perhaps
+                frame.reads[own, "_buffers"] = Read(own, "_buffers", real._buffers)
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self.pause():

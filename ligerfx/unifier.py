@@ -42,18 +42,19 @@ class Unifier:
         """Why the proposal that came furthest failed."""
         return self.why() if callable(self.why) else self.why
 
-    def note(self, share: float, reason: str | Callable[[], str] | bool) -> None:
+    def note(self, share: float, reason: str | Callable[[], str], told: Callable[[], bool] | bool = True) -> None:
         """Keeps the reason of the failure that came furthest, False where there is nothing to tell. Text is made only
-        where it is shown."""
+        where it is shown, and `told` is asked only of a failure that came so far."""
         if share > max(self.share, NEARLY):  # a proposal that failed halfway never outranks one that was made
-            self.share, self.why = share, reason
+            self.share, self.why = share, (told if isinstance(told, bool) else told()) and reason
 
     def _fail(self, expected: sympy.Expr, found: sympy.Expr) -> None:
         told = not found.is_number or self.variant.is_constant(expected)  # else what is expected is not there at all
-        self.note(
-            self._progress,
-            told and (lambda: f"expected {self._expected(expected)}, found {self._found(found)}"),
-        )
+        self.note(self._progress, lambda: f"expected {self._expected(expected)}, found {self._found(found)}", told)
+
+    def note_missing(self, output: sympy.Expr) -> None:
+        """Keeps that there is no such further output, if nothing that came near it has been kept."""
+        self.note(self._progress, lambda: f"expected {self._expected(output)} as well")
 
     def _found(self, value: sympy.Expr) -> str:
         return describe(value, self.view.terms)
@@ -119,7 +120,7 @@ class Unifier:
             else:
                 share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
                 told = not t.is_number
-                self.note(share, told and (lambda: f"{p}: {self._found(t)} is no value that the model computes"))
+                self.note(share, lambda: f"{p}: {self._found(t)} is no value that the model computes", told)
         elif self.variant.is_constant(p):
             yield from self._unify_number(p, t, bound)
         elif t in self.view.inner:  # taken as given, but the pattern has more than a parameter here
@@ -134,7 +135,7 @@ class Unifier:
                 before = self.share, self.why
                 if not any(True for _ in self._counted(self.unify(p.base, t.base, bound))):
                     self.share, self.why = before
-                    self.note(self._progress, False)
+                    self.note(self._progress, "", told=False)
                     return
             yield from self._counted(self._unify_all(list(zip(p.args, t.args, strict=True)), bound), weight(p))
         else:
@@ -151,7 +152,7 @@ class Unifier:
     def _is_activation(self, parameter: sympy.Expr) -> bool:
         """Whether a parameter is a tensor of any number of leading dimensions. An idiom that lacks one of those is
         another: an MLP without a gate."""
-        return "..." in (self.variant.pattern.tensors.get(str(parameter)) or "")
+        return "..." in (self.variant.pattern.tensors.get(getattr(parameter, "name", "")) or "")
 
     def _counted(self, results: Iterator[Bindings], weight: int = 1) -> Iterator[Bindings]:
         self.done += weight
@@ -281,17 +282,16 @@ class Unifier:
             rest = _without(tuple(have), tuple(bound[a] for a in known), func)
             if rest is None:
                 whole = func(*have)
-                # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
-                related = any(self.view.terms.are_related(whole, bound[a]) for a in known)
-                told = related or not all(map(self._is_activation, known))
                 self.note(
                     self._progress,
-                    told
-                    and (
-                        lambda: (
-                            f"expected {', '.join(f'{a} = {self._found(bound[a])}' for a in known)}, "
-                            f"found {self._found(whole)}"
-                        )
+                    lambda: (
+                        f"expected {', '.join(f'{a} = {self._found(bound[a])}' for a in known)}, "
+                        f"found {self._found(whole)}"
+                    ),
+                    # `sigmoid(a) * b` is no silu of a, unless one of the two is made of the other.
+                    told=lambda: (
+                        not all(map(self._is_activation, known))
+                        or any(self.view.terms.are_related(whole, bound[a]) for a in known)
                     ),
                 )
                 return
@@ -311,8 +311,11 @@ class Unifier:
             yield from self.unify(p, func(*have), bound)
             return
         if not have:
-            told = not self._is_activation(p)
-            self.note(self._progress, told and (lambda: f"expected {self._expected(p)} as well"))
+            self.note(
+                self._progress,
+                lambda: f"expected {self._expected(p)} as well",
+                told=lambda: not self._is_activation(p),
+            )
         for index, t in enumerate(have):
             for more in self.unify(p, t, bound):
                 yield from self._assign(rest, have[:index] + have[index + 1 :], func, more)
@@ -330,6 +333,8 @@ def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
 def _without(operands: tuple[sympy.Expr, ...], taken: tuple[sympy.Expr, ...], func: Any) -> sympy.Expr | None:
     """A product divided by others (or a sum less others), None where that is no simpler."""
     whole, part = func(*operands), func(*taken)
+    if not part.free_symbols <= whole.free_symbols:
+        return None
     rest = decimal(whole / part if func is sympy.Mul else whole - part)
     fewer = len(func.make_args(rest)) < len(func.make_args(whole))
     return rest if fewer or rest.count_ops() < max(whole.count_ops(), 1) else None

@@ -42,6 +42,41 @@ def partial_rotary(q: "B * * D", k: "B * * D", cos: "* * * R", sin: "* * * R"):
     return rope_reference(q, k, cos, sin)
 
 
+def _turned(x, cos, sin):
+    """`rope_reference` of one tensor, of any number of dimensions."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def _with_batch(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All four with a batch in front, one of one row where they have none."""
+    return tuple(x if x.dim() == 4 else x.unsqueeze(0) for x in (q, k, cos, sin))
+
+
+def _applies_with_batch(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+    return "q and k are one tensor" if q is k else _applies(*_with_batch(q, k, cos, sin))
+
+
+def _rope_of_tables(q, k, cos, sin):
+    return rope(*_with_batch(q, k, cos, sin))
+
+
+@pattern(replace=_rope_of_tables, idioms=["rope"], when=_applies_with_batch)
+def rotary_of_tables(q: "B * * D", k: "B * * D", cos: "* * D", sin: "* * D"):
+    """cos and sin by position alone: the patches of an image (Pixtral)."""
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
+def _rope_of_packed(q, k, cos, sin):
+    return tuple(x.squeeze(0) for x in _rope_of_tables(q, k, cos, sin))
+
+
+@pattern(replace=_rope_of_packed, idioms=["rope"], when=_applies_with_batch)
+def packed_rotary(q: "* * D", k: "* * D", cos: "* * D", sin: "* * D"):
+    """The rows of a batch one after the other, without padding: patches of several images (Qwen2-VL)."""
+    return _turned(q, cos, sin), _turned(k, cos, sin)
+
+
 def _alone_applies(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     return _applies(x, torch.empty_like(x), cos, sin)
 
@@ -171,6 +206,8 @@ PATTERNS = [
     *NORMED,
     partial_rotary,
     rotary,
+    rotary_of_tables,
+    packed_rotary,
     _pairwise("rotary_by_pairs", "2R"),
     _pairwise("rotary_of_neighbours_by_pairs", "2R", pairs="neighbours"),
     _pairwise("rotary_of_neighbours_to_halves", "2R", pairs="neighbours_to_halves"),

@@ -87,6 +87,59 @@ def test_numbers_of_its_result_are_no_constants():
     assert_same(model, optimised, torch.randn(7, H), torch.tensor([1, 2]))
 
 
+class Surprising(nn.Module):
+    """Keeps of its rows as many as are more surprising than the mean, told by a distribution that checks its numbers:
+    what decides is not among the inputs, and can only be guessed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, rows, sizes):
+        entropies = torch.distributions.Categorical(logits=self.norm(rows)).entropy()
+        return rows[: (entropies > entropies.mean()).sum()]
+
+
+def test_distributions_and_slices_may_need_the_data():
+    validate = torch.distributions.Distribution._validate_args
+    model = Model()
+    model.pieces = Surprising()
+    rows, sizes = torch.randn(7, H), torch.tensor([7])
+    optimised = ligerfx.optimize(model, (rows, sizes))
+    assert torch.distributions.Distribution._validate_args == validate
+    assert list(optimised.report.opaque) == ["pieces"] and optimised.report.idioms == {"rms_norm": 2}
+    assert "branches on the values of a tensor" in optimised.report.opaque["pieces"]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert_same(model, optimised, torch.randn(7, H), sizes)
+    with pytest.raises(ValueError, match="Expected parameter logits"):  # the module checks as before
+        optimised(torch.full((7, H), float("nan")), sizes)
+
+
+class Resized(nn.Module):
+    """Spreads its rows over as many as a tensor says, and keeps the positive ones, of which there may be enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Norm()
+
+    def forward(self, rows, sizes):
+        (count,) = sizes
+        rows = nn.functional.interpolate(self.norm(rows).T[None], size=(count,), mode="linear")[0].T
+        positive = rows[rows.sum(-1) > 0]
+        return positive if positive.shape[0] > 2 else rows
+
+
+def test_sizes_in_a_tensor_and_sizes_that_the_data_tell():
+    model = Model()
+    model.pieces = Resized()
+    optimised = ligerfx.optimize(model, (torch.randn(7, H), torch.tensor([9])))
+    assert list(optimised.report.opaque) == ["pieces"] and optimised.report.idioms == {"rms_norm": 2}
+    for seed, count in enumerate((9, 4, 2, 15)):
+        torch.manual_seed(seed)
+        assert_same(model, optimised, torch.randn(7, H), torch.tensor([count]))
+
+
 def test_values_are_known_as_far_as_the_example_inputs_tell():
     fakes = FakeInputs()
     guesses = Guesses(fakes)

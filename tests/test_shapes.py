@@ -24,7 +24,18 @@ def transposed():
         return fake(3, 5, 7, 8).transpose(1, 2)
 
 
+def turned(tensor):
+    with FAKES.active():
+        return tensor.transpose(-1, -2)
+
+
+def of_sizes(*sizes, dtype=torch.float32):
+    return FAKES.of_layout(sizes, None, dtype, torch.device("cpu"))
+
+
 X = fake(3, 5, 8)
+BATCH, SEQ, _ = X.shape
+BOOL = {"dtype": torch.bool}
 BF16 = {"dtype": torch.bfloat16}
 LOGITS, LABELS = parameter(15, 32), parameter(15, dtype=torch.int64)
 
@@ -45,6 +56,27 @@ KNOWN = {
     "tanh": (torch.tanh, (X,), {}),
     "sigmoid": (torch.sigmoid, (X,), {}),
     "mean": (torch.mean, (X, -1), {"keepdim": True}),
+    "relu": (F.relu, (X,), {"inplace": False}),
+    "exp": (torch.exp, (X,), {}),
+    "dropout": (F.dropout, (X,), {"p": 0.0, "training": True, "inplace": False}),
+    "clamp": (torch.clamp, (X,), {"min": -1.0, "max": 1.0}),
+    "clamp below": (torch.clamp, (fake(3, 5, 8, **BF16),), {"min": 1e-5}),
+    "layer_norm": (F.layer_norm, (X, (8,)), {"weight": parameter(8), "bias": parameter(8), "eps": 1e-6}),
+    "layer_norm without weight": (F.layer_norm, (X, (8,)), {}),
+    "masked_fill": (torch.masked_fill, (fake(3, 5, 8), of_sizes(1, SEQ, 1, **BOOL), float("-inf")), {}),
+    "comparison": (torch.le, (of_sizes(1, SEQ), of_sizes(SEQ, 1)), {}),
+    "comparison with a number": (torch.gt, (X, 0.5), {}),
+    "masks": (torch.Tensor.__and__, (of_sizes(1, SEQ, SEQ, **BOOL), of_sizes(BATCH, 1, SEQ, **BOOL)), {}),
+    "view": (torch.Tensor.view, (X, -1, 8), {}),
+    "view of the sizes": (torch.Tensor.view, (X, BATCH, SEQ, -1, 4), {}),
+    "reshape": (torch.Tensor.reshape, (X, (BATCH * SEQ, 8)), {}),
+    "sum": (torch.sum, (X,), {"dim": 1, "keepdim": True}),
+    "matmul": (torch.matmul, (fake(3, 5, 7, 8), parameter(1, 1, 8, 6)), {}),
+    "matmul of another layout": (torch.matmul, (transposed(), turned(transposed())), {}),
+    "cat": (torch.cat, ([X, X],), {"dim": -1}),
+    "cat of two sizes": (torch.cat, ((fake(3, 5, 8), fake(3, 7, 8)), 1), {}),
+    "grid_sample of another layout": (F.grid_sample, (transposed(), fake(3, 11, 4, 2)), {"align_corners": False}),
+    "grid_sample": (F.grid_sample, (fake(3, 5, 7, 9), fake(3, 11, 4, 2)), {"mode": "bicubic", "align_corners": False}),
     "linear": (F.linear, (X, parameter(12, 8)), {}),
     "linear with bias": (F.linear, (X, parameter(12, 8), parameter(12)), {}),
     "linear of rows": (F.linear, (parameter(15, 8), parameter(12, 8)), {}),
@@ -69,6 +101,19 @@ LEFT_TO_TORCH = {
     "integers": (torch.add, (LABELS, LABELS), {}),
     "a number that is a tensor": (torch.mul, (X, parameter()), {}),
     "sizes that do not fit": (torch.mul, (X, parameter(7)), {}),
+    "a view of other sizes": (torch.Tensor.view, (X, BATCH, -1, 5), {}),
+    "a view in another dtype": (torch.Tensor.view, (X, torch.int32), {}),
+    "a reshape of another layout": (torch.Tensor.reshape, (transposed(), -1, 8), {}),
+    "masks that do not fit": (torch.le, (fake(3, 5), fake(5, 3)), {}),
+    "a mask of bits": (torch.Tensor.__and__, (LABELS, parameter(1)), {}),
+    "a bound that is a tensor": (torch.clamp, (X, X), {}),
+    "a sum over several dimensions": (torch.sum, (X, (0, 1)), {"keepdim": True}),
+    "matrices that do not fit": (torch.matmul, (fake(3, 5, 7, 8), fake(3, 5, 7, 8)), {}),
+    "a matrix times rows": (torch.matmul, (parameter(8, 8), fake(3, 8, 7)), {}),
+    "cat of another layout": (torch.cat, ([transposed(), transposed()],), {}),
+    "cat of dtypes": (torch.cat, ([X, fake(3, 5, 8, **BF16)],), {"dim": -1}),
+    "cat of tensors that do not fit": (torch.cat, ([X, fake(3, 7, 8)],), {"dim": -1}),
+    "a norm over two dimensions": (F.layer_norm, (X, (5, 8)), {}),
     "both operands grow": (torch.add, (fake(3, 1, 8), fake(1, 5, 8)), {}),
     "alpha": (torch.add, (X, X), {"alpha": 2}),
     "an output given": (torch.mul, (X, X), {"out": X}),
@@ -111,7 +156,7 @@ REMEMBERED = {
     "another layout": (torch.mul, (transposed(), 2.0), {}),
     "a slice": (torch.Tensor.__getitem__, (X, (..., slice(None, 4))), {}),
     "several tensors": (torch.unbind, (parameter(3, 8),), {}),
-    "a list of tensors": (torch.cat, ([X, X],), {"dim": -1}),
+    "a list of tensors": (torch.stack, ([X, X],), {"dim": -1}),
     "the argument itself": (torch.Tensor.to, (X, torch.float32), {}),
     "a size among the arguments": (torch.Tensor.expand, (fake(1, 5, 8), (X.shape[0], -1, -1)), {}),
 }
@@ -152,7 +197,7 @@ ASKED_AGAIN = {
     "a size that the data tells": (torch.nonzero, (LABELS,), {}),
     "no tensor": (torch.Tensor.size, (X,), {}),
     "a named tuple": (torch.topk, (X, 2), {}),
-    "an argument that requires grad": (torch.exp, (fake(3, 5, 8).requires_grad_(),), {}),
+    "an argument that requires grad": (torch.abs, (fake(3, 5, 8).requires_grad_(),), {}),
 }
 
 

@@ -29,14 +29,14 @@ SAMPLE = {
 def test_model(name, references):
     result = zoo_check.check(name)
     assert result["fp32"] == {} and result["other_shape"] == {}
-    assert all(ratio <= 1.1 for ratio in result["bf16"].get("ratio", {}).values()), result["bf16"]
+    assert not result["bf16"].get("wrong"), result["bf16"]
     expected = result["sites"] | SAMPLE[name]
     assert {site: min(done, result["sites"][site]) for site, done in result["rewritten"].items()} == expected
     assert not result["unexplained"]
     assert not result["recaptured"], "another shape needed another capture"
 
 
-@pytest.mark.parametrize("name, outside", [("qwen2_vl", {"rope": 2}), ("mistral3", {"rope": 2}), ("smolvlm", {})])
+@pytest.mark.parametrize("name, outside", [("qwen2_vl", {"rope": 2}), ("mistral3", {}), ("smolvlm", {})])
 def test_with_images(name, outside, references, monkeypatch):
     """Grids of images in loops, images of several sizes, padding images: the loss and the language model are fused, and
     what rotates inside attention over pieces of an image is not."""

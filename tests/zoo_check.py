@@ -9,6 +9,7 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
+import noise
 import torch
 import zoo as causal
 from sites import Sites, counted
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 import ligerfx
 
 SHAPE, OTHER_SHAPE = (2, 9), (3, 14)
-BATCHES, MOST_BATCHES = 4, 256
 TIGHT = 1e-5
 """Relative to the largest element: the tolerance of fp32 where the bits differ."""
 
@@ -157,12 +157,10 @@ def beyond_rounding(
 
 
 def low_precision(name: str, inputs: dict[str, Any], zoo: ModuleType) -> dict[str, Any]:
-    """Errors in bf16 of the optimised model and of the original, both against fp32, over all gradients together."""
+    """How far loss, logits and gradients in bf16 are from fp32: the optimised model's errors in those of the original,
+    over as many models and batches as it takes to tell."""
     original = zoo.build(name, torch.bfloat16)
     truth_model = zoo.build(name)
-    with torch.no_grad():  # the same weights: those that bf16 can hold
-        for truth, rounded in zip(truth_model.parameters(), original.parameters(), strict=True):
-            truth.copy_(rounded)
     try:
         eager = run(original, inputs)
     except Exception as error:
@@ -171,20 +169,25 @@ def low_precision(name: str, inputs: dict[str, Any], zoo: ModuleType) -> dict[st
     ours = run(optimised, inputs)
     if eager.keys() == ours.keys() and all(torch.equal(eager[n], ours[n]) for n in eager):
         return {"same bits": True}
-    squares: list[list[dict[str, float]]] = []
-    ratio: dict[str, float] = {}
-    # One batch may by chance be closer in one of them, and a loss is a single number: in doubt, more are asked.
-    while not squares or (len(squares) < MOST_BATCHES and max(ratio.values()) > 1.1):
-        for seed in range(len(squares), max(BATCHES, 4 * len(squares))):
-            batch = zoo.example(original, *SHAPE, seed=seed)
-            truth = run(truth_model, batch)
-            squares.append([_errors(run(candidate, batch), truth) for candidate in (original, optimised)])
-        eager_errors, our_errors = (
-            {kind: (sum(pair[i][kind] ** 2 for pair in squares) / len(squares)) ** 0.5 for kind in squares[0][i]}
-            for i in range(2)
-        )
-        ratio = {kind: our_errors[kind] / max(eager_errors[kind], 1e-3) for kind in eager_errors}
-    return {"eager": eager_errors, "ours": our_errors, "ratio": ratio}
+
+    def errors(seed: int) -> list[dict[str, float]]:
+        _shuffle(original, truth_model, seed)
+        batch = zoo.example(original, *SHAPE, seed=seed)
+        truth = run(truth_model, batch)
+        return [_errors(run(candidate, batch), truth) for candidate in (original, optimised)]
+
+    return noise.compared(errors)
+
+
+def _shuffle(rounded: nn.Module, exact: nn.Module, seed: int) -> None:
+    """Makes another random model of one, for the price of a copy: the columns of each weight in another order. `exact`
+    gets the same weights. Errors for one set of weights have a part in common, which more batches do not average."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight, truth in zip(rounded.parameters(), exact.parameters(), strict=True):
+            if weight.ndim and seed:
+                weight.copy_(weight[..., torch.randperm(weight.shape[-1], generator=generator)])
+            truth.copy_(weight)
 
 
 def _errors(values: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

@@ -62,10 +62,14 @@ VALUES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": IMAGE_TOKEN},
     "cohere_compass": {"text_config": zoo.VALUES["cohere_compass_text"]},
     "dots3_note": zoo.VALUES["dots3_note"],
-    "ernie4_5_vl_moe": {"text_config": {"moe_intermediate_size": [32, 32]}},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0]}},
+    "ernie4_5_vl_moe": {"text_config": _mrope(2, 2, 4) | {"moe_intermediate_size": [32, 32]}},
     **dict.fromkeys(("gemma4", "gemma4_unified"), {"vision_config": {}}),
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), {"text_config": _mrope(2, 3, 3)}),
     "glm4v_moe": {"text_config": _mrope(1, 1, 2, partial_rotary_factor=0.5)},
+    "glm5_next": {"text_config": {"index_kpool": 2, "qk_rope_head_dim": 0}},
+    "hunyuan_vl": {"text_config": _mrope(2, 2, 2, 2) | {"head_dim": zoo.HEAD}},
+    "kimi_k25": {"projection_hidden_size": WIDTH, "vision_config": {"projection_hidden_size": WIDTH}},
     "instructblip": {"image_token_index": IMAGE_TOKEN},
     "instructblipvideo": {"video_token_index": IMAGE_TOKEN},
     "llama4": {"vision_config": {"intermediate_size": 256, **_PROJECTED}, "text_config": {"moe_layers": [1]}},
@@ -75,7 +79,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "mllama": {
         "vision_config": {"vision_output_dim": 2 * WIDTH, "intermediate_layers_indices": [0], "num_global_layers": 1}
     },
-    **dict.fromkeys(("muse_glimmer", "muse_spark"), {"vision_config": {"out_hidden_size": WIDTH * MERGE**2}}),
+    **dict.fromkeys(
+        ("muse_glimmer", "muse_spark"),
+        {"out_hidden_size": WIDTH * MERGE**2, "vision_config": {"out_hidden_size": WIDTH * MERGE**2}},
+    ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), {"text_config": _mrope(2, 3, 3)}),
     "qwen2_5_omni_thinker": {"vision_start_token_id": START_TOKEN, "text_config": _mrope(2, 3, 3)},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": START_TOKEN},
@@ -89,6 +96,13 @@ VALUES: dict[str, dict[str, Any]] = {
 UNBUILDABLE: dict[str, str] = {
     **dict.fromkeys(("gemma3n", "fast_vlm", "perception_lm"), "its vision tower needs the timm library"),
     "inkling_mm_model": "needs the scipy library",
+    **dict.fromkeys(
+        ("chameleon", "emu3"), "its tokens of images are in a map of the vocabulary that it is published with"
+    ),
+    **dict.fromkeys(("florence2", "molmo2"), "its configuration has a list of sizes where the others have a number"),
+    "granite4_vision": "its configuration maps layers of the vision tower to those of the language model",
+    "pi0": "a policy: needs the state and the actions of a robot",
+    "udop": "needs a box on the page for each word",
 }
 
 
@@ -151,8 +165,9 @@ def _patches(batch: int, *width: int) -> dict[str, Any]:
 
 def _numbered(model: nn.Module, batch: int) -> dict[str, Any]:
     rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    side = 2 * PATCH if model.config.model_type == "gemma4_unified" else PATCH
     places = torch.stack([columns.flatten(), rows.flatten()], dim=-1).expand(batch, -1, -1).clone()
-    return {"pixel_values": _pixels(batch, SIDE**2, 3 * PATCH**2), "image_position_ids": places}
+    return {"pixel_values": _pixels(batch, SIDE**2, 3 * side**2), "image_position_ids": places}
 
 
 def _tiles(model: nn.Module, batch: int) -> dict[str, Any]:
@@ -198,13 +213,42 @@ def _crossed(model: nn.Module, batch: int) -> dict[str, Any]:
     }
 
 
+def _twice(model: nn.Module, batch: int) -> dict[str, Any]:
+    """The image in two resolutions."""
+    return {name: _pixels(batch, 3, IMAGE, IMAGE) for name in ("pixel_values", "high_res_pixel_values")}
+
+
+def _of_target_sizes(model: nn.Module, batch: int) -> dict[str, Any]:
+    """The patches of all images side by side."""
+    pixels = _pixels(1, 3, PATCH, batch * SIDE**2 * PATCH)
+    return {"pixel_values": pixels, "target_sizes": torch.tensor([[SIDE, SIDE]] * batch)}
+
+
+def _masked_tiles(model: nn.Module, batch: int) -> dict[str, Any]:
+    return {**_several(model, batch), "pixel_attention_mask": torch.ones(batch, 1, dtype=torch.bool)}
+
+
+def _flattened(model: nn.Module, batch: int) -> dict[str, Any]:
+    """Patches with their row and column in front."""
+    places = torch.tensor([[row + 1, column + 1] for row in range(SIDE) for column in range(SIDE)])
+    patches = _pixels(batch, SIDE**2, model.config.vision_config.patch_embed_hidden_size)
+    return {
+        "flattened_patches": torch.cat([places.expand(batch, -1, -1), patches], dim=-1),
+        "attention_mask": torch.ones(batch, SIDE**2, dtype=torch.long),
+    }
+
+
 INPUTS: dict[str, Callable[[nn.Module, int], dict[str, Any]]] = {
+    "deepseek_vl_hybrid": _twice,
     "fuyu": _flat,
     **dict.fromkeys(("gemma4", "gemma4_unified", "diffusion_gemma"), _numbered),
-    **dict.fromkeys(("granite_docling", "idefics", "idefics2", "idefics3", "smolvlm"), _several),
+    "granite_docling": _masked_tiles,
+    **dict.fromkeys(("idefics", "idefics2", "idefics3", "smolvlm"), _several),
     **dict.fromkeys(("instructblip", "instructblipvideo"), _with_queries),
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), lambda model, batch: _patches(batch, 3, PATCH, PATCH)),
     "lfm2_vl": _with_shapes,
+    **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _of_target_sizes),
+    "pix2struct": _flattened,
     **dict.fromkeys(("lighton_ocr", "mistral3", "mistral_large4"), _sized),
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision", "granite4_vision"), _tiles),
     "mistral4": lambda model, batch: {},  # text alone

@@ -57,6 +57,38 @@ def test_head(optimise, bias, tied, logits):
     assert report.idioms == {"linear_cross_entropy": 1} and not report.near_misses
 
 
+class LossModule(nn.Module):
+    """`loss` of flattened logits: a module of the model, as DistilBERT has one."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(**options)
+
+    def forward(self, logits, labels):
+        return self.loss(logits.view(-1, V), labels.view(-1))
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 3, "reduction": "sum", "label_smoothing": 0.1}], ids=str)
+def test_loss_that_is_a_module(optimise, options):
+    report = fused(optimise, LM(LossModule(**options)), ignored=options.get("ignore_index", -100))
+    assert report.idioms == {"linear_cross_entropy": 1} and not report.near_misses
+
+
+def test_loss_module_that_changes_later(assert_same):
+    module = LM(LossModule())
+    inputs = call(2, 6)
+    optimised = ligerfx.optimize(module, tuple(inputs))
+    for change in ({"label_smoothing": 0.1}, {"reduction": "sum"}, {"weight": torch.rand(V)}):
+        for model in (module, optimised):
+            vars(model.loss.loss).update({k: v for k, v in change.items() if k != "weight"})
+            model.loss.loss.weight = change.get("weight")
+        assert_same(module, optimised, inputs, rtol=1e-6)
+
+
+def test_loss_module_with_class_weights(optimise):
+    optimise(LM(LossModule(weight=torch.rand(V))), call(2, 6), [])
+
+
 CHANGES = {
     "softcap": lambda x: torch.tanh(x / 3.0) * 3.0,
     "softcap the other way": lambda x: 3.0 * torch.tanh(x * (1 / 3.0)),

@@ -122,6 +122,51 @@ def test_rotated_in_fp32_and_rounded(optimise):
     assert report.summary == "1/1 RoPE"
 
 
+def tables(rows, rotated=D):
+    half = torch.randn(rows, rotated // 2)
+    return [torch.cat([half, half], -1).cos(), torch.cat([half, half], -1).sin()]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_tables_without_a_batch(optimise, dim):
+    """Pixtral: angles of the patches of an image, [S, D], with heads before or after the patches."""
+
+    def inputs(batch, seq, heads=(4, 2)):
+        return [*call(batch, seq, heads, dim=dim + 1)[:2], *tables(seq)]
+
+    for heads in ((4, 4), (4, 2)):
+        others = [inputs(1, 1, heads), inputs(3, 9, heads)]
+        report = optimise(Rotary(standard, dim), inputs(B, S, heads), ["rotary_of_tables"], others=others)
+        assert report.idioms == {"rope": 1} and not report.near_misses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_of_a_batch_after_each_other(optimise, dim, dtype):
+    """Qwen2-VL's images: states [S, N, D] (or [N, S, D]), rotated in fp32."""
+
+    def function(q, k, cos, sin):
+        cos, sin = cos.unsqueeze(dim).float(), sin.unsqueeze(dim).float()
+        return standard(q.float(), cos, sin).to(q.dtype), standard(k.float(), cos, sin).to(k.dtype)
+
+    def inputs(seq, heads=(4, 2)):
+        states = [torch.randn(seq, n, D, dtype=dtype) for n in heads]
+        states = [x.transpose(0, 1).contiguous() for x in states] if dim == 0 else states
+        return [*states, *tables(seq)]
+
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    optimise(QAndK(function), inputs(7), ["packed_rotary"], others=[inputs(1), inputs(11)], rtol=rtol)
+
+
+def test_tables_of_another_rank_that_are_not_the_same_for_all_heads(optimise):
+    """[N, S, D] for states [B, N, S, D] and [S, N, D] for states [S, N, D]: an angle for each head."""
+    q, _, cos, sin = call(heads=(4, 2))
+    per_head = [torch.randn(4, S, D) for _ in range(2)]
+    optimise(QAndK(lambda q, k, cos, sin: (standard(q, cos, sin), standard(k, cos, sin))), [q, q + 1, *per_head], [])
+    packed = [x[0] for x in (q, q + 1)]
+    optimise(QAndK(lambda q, k, cos, sin: (standard(q, cos, sin), standard(k, cos, sin))), [*packed, *per_head], [])
+
+
 def partial_by_slices(x, cos, sin):
     n = cos.shape[-1]
     turned, rest = x[..., :n], x[..., n:]

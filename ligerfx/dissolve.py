@@ -65,6 +65,7 @@ def dissolved(capture: Capture, chosen: Collection[str] = ()) -> Capture:
         passed_on=set(capture.passed_on),
         reads=list(capture.reads),
         guards=list(capture.guards),
+        names=dict(capture.names),
         absorbed=dict(capture.absorbed),
     )
     copier = _Copier(new, chosen)
@@ -149,6 +150,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _merge(new: Capture, child: Capture, path: str, given: list) -> None:
     """What the capture of a dissolved module rests on, its caller's now rests on."""
     new.reads += [type(read)(join(path, read.path), read.name, read.value) for read in child.reads]
+    new.names |= child.names
     new.guards += child.guards
     new.absorbed |= {join(path, inner): known for inner, known in child.absorbed.items()}
     for index, (value, node) in enumerate(zip(child.leaf_values, given, strict=True)):

@@ -20,6 +20,7 @@ from torch.fx import Graph, Node, map_arg
 
 from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read
 from .deferred import settled_if_sharded
+from .names import hold
 from .signature import autocast_key
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def entry_for(
         source.check(re.sub(r"x\[(\d+)\]\.shape", r"s\1", conditions))
     if program.capture.error is None:
         _check_modules(source, program, module)
+        _check_names(source, program)
     if program.function is None:
         result = "forward(m, *args, **kwargs)"
     else:
@@ -96,7 +98,8 @@ def entry_for(
     names = {
         **source.names, "MISS": MISS, "Tensor": torch.Tensor, "autocast": torch.is_autocast_enabled,
         "autocast_key": autocast_key, "torch": torch, "attribute_of": object.__getattribute__, "forward": forward,
-        "absent": _ABSENT, "settled_if_sharded": settled_if_sharded, "set_grad_enabled": torch.set_grad_enabled,
+        "absent": _ABSENT, "hold": hold, "settled_if_sharded": settled_if_sharded,
+        "set_grad_enabled": torch.set_grad_enabled,
     }  # fmt: skip
     exec(compile(text, "<ligerfx entry>", "exec"), names)
     return names["entry"]
@@ -163,6 +166,20 @@ def _check_modules(source: _Source, program: Program, module: nn.Module) -> None
             source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {state}")
         else:
             source.check(general)
+
+
+def _check_names(source: _Source, program: Program) -> None:
+    """Checks what `names.hold` checks, by identity first."""
+    names = tuple(program.capture.names.values())
+    if not names:
+        return
+    owners: dict[int, str] = {}
+    same = []
+    for name in names:
+        if id(name.owner) not in owners:
+            owners[id(name.owner)] = source.constant(name.owner)
+        same.append(name.short_check(owners[id(name.owner)], source.constant))
+    source.check(f"({' and '.join(same)}) or hold({source.constant(names)})")
 
 
 def _check_stands_for(

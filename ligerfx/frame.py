@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .capture import PLAIN, Capture, Children, Read, join, parameters_of, submodule
+from .capture import PLAIN, Capture, Children, Read, Tie, join, parameters_of, submodule
 from .errors import CaptureError
+from .names import Names
 from .source import call_site
 from .symbols import bind_sizes, size_node, symbols_of
 from .torch_calls import modes
@@ -51,6 +52,7 @@ class Frame:
         self.entry_mode = modes()
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
+        self.code: dict[int, Any] = {}  # by id, functions and properties that ran
         self.numbers: list[TracedInt | TracedFloat] = []  # that modules returned which stay as they are
         self.symbols: set[sympy.Symbol] = set()  # of the sizes of what it works on
         self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
@@ -155,10 +157,16 @@ class Frame:
     def _parameter_node(self, value: torch.Tensor) -> torch.fx.Node:
         real = self.origins.parameters.get(id(value))
         if real is not None:
-            for path, owner in submodule(self.origins.root, self.path).named_modules():
-                for name, tensor in (*parameters_of(owner).items(), *owner._buffers.items()):
-                    if tensor is real:
-                        return self.attribute(join(path, name), value)
+            names = [
+                join(path, name)
+                for path, owner in submodule(self.origins.root, self.path).named_modules()
+                for name, tensor in (*parameters_of(owner).items(), *owner._buffers.items())
+                if tensor is real
+            ]
+            for other in names[1:]:
+                self.reads["", (names[0], other)] = Tie("", names[0], other)
+            if names:
+                return self.attribute(names[0], value)
             for owner, name in self._attributes_holding(real):
                 return self.attribute(join(owner, name), value)
         raise CaptureError("a tensor that is neither an input nor a parameter of this module is used")
@@ -187,6 +195,14 @@ class Frame:
             container = submodule(self.origins.root, join(self.path, path))
             if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
                 self.reads.setdefault((path, "_modules"), Children(path, "_modules", tuple(container._modules)))
+
+    def log_names(self, forward: Callable) -> None:
+        """What the code that ran reads by global names, the graph rests on."""
+        functions = [read.value for read in self.reads.values() if callable(read.value)]
+        names = Names([forward, *self.code.values(), *functions])
+        self.capture.names |= names.found
+        if names.sets_global:
+            self.fail(f"{names.sets_global} sets a global variable")
 
     def bind_results(self, out: Any) -> None:
         """Lets sizes that come from a module that stays as it is be measured when it, or its caller, has run.

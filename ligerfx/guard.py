@@ -12,6 +12,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, stands_for
 from .errors import CaptureError
+from .names import hold
 from .symbols import expression, first_expression
 from .traced_numbers import TracedFloat, TracedInt, plain
 
@@ -69,10 +70,10 @@ def size_conditions(capture: Capture, dissolved_some: bool) -> list[str]:
 def guard_of(capture: Capture, conditions: list[str]) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether the capture serves a call with the same key.
 
-    Checked are `size_conditions`, attributes that the Python code of the model read, and the modules that have no call
-    of their own in the graph.
+    Checked are `size_conditions`, attributes and global names that the Python code of the model read, and the modules
+    that have no call of their own in the graph.
     """
-    names: dict[str, Any] = {"stands_for": stands_for}
+    names: dict[str, Any] = {"stands_for": stands_for, "hold": hold, "globals_read": tuple(capture.names.values())}
     modules: list[str] = []
     for number, (path, known) in enumerate(capture.absorbed.items()):
         names[f"known{number}"] = known
@@ -80,6 +81,8 @@ def guard_of(capture: Capture, conditions: list[str]) -> Callable[[nn.Module, li
     for number, read in enumerate(capture.reads):
         names[f"read{number}"] = read.settled()
         modules.append(f"read{number}.same({_module(read.path)})")
+    if capture.names:
+        modules.append("hold(globals_read)")
     holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
 
     def guard(module: nn.Module, leaves: list) -> bool:

@@ -321,7 +321,7 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
         _warn_once(
             module,
             f"{type(module).__name__} was called in more than {MAX_SIGNATURES} ways (dtypes, kinds of arguments, "
-            "attribute values); further ones run its original forward",
+            "values of attributes and of global names); further ones run its original forward",
         )
         return None, leaves
     session = module._ligerfx_session

@@ -19,6 +19,7 @@ from .errors import CaptureError
 from .frame import Frame, Origins
 from .guesses import Guesses
 from .leaves import is_check, is_kernel
+from .names import entries
 from .probes import probed
 from .shapes import Shapes
 from .sharded import torchs_own_linear
@@ -74,6 +75,15 @@ class Recorder(TorchFunctionMode):
         frame.recorded_modes.add(modes())
         frame.record(*spelled(func, name, args, kwargs), out)
         return out
+
+    def log_code(self, code: Any) -> None:
+        """Says that a function, or a property, of the model runs in the innermost forward."""
+        if not self.paused and self.frames:
+            self.frames[-1].code[id(code)] = code
+
+    def log_lookup(self, registry: Any, key: Any) -> None:
+        if not self.paused and self.frames:
+            self.frames[-1].capture.names |= {name.key: name for name in entries(registry, key)}
 
     def trace_function(self, function: Callable, arguments: dict[str, Any], meta: bool = False) -> torch.fx.Graph:
         """Records a plain function. Tensors among the arguments (fakes, or `meta` tensors) become placeholders by

@@ -62,7 +62,7 @@ class Tracer(Recorder):
         args, kwargs = self._fake_call(args, kwargs)
         self._shadows.device = next((x.device for x in call_key(args, kwargs)[1] if isinstance(x, torch.Tensor)), None)
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
-        leaves = leaf_functions(self.root.modules(), self.record_leaf_function)
+        leaves = leaf_functions(self.root.modules(), self.record_leaf_function, self.log_lookup)
         # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
         # The stance is the process's, and is set while `leaves` keeps other threads from tracing.
         with leaves, torch.compiler.set_stance("force_eager"), _errors_not_logged(), self.fakes.active(), self:
@@ -107,6 +107,7 @@ class Tracer(Recorder):
         cls = self.original_class(real)
         if self.frames and owns_nothing(real):
             self.frames[-1].capture.absorbed[self.frames[-1].relative(path)] = (cls, ())
+            self.log_code(cls.forward)
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self.pause():
@@ -209,6 +210,7 @@ class Tracer(Recorder):
             if not capture.error:
                 frame.check_modes()
                 frame.check_reads()
+                frame.log_names(forward)
                 if any(number.used for number in frame.numbers):
                     frame.fail("forward computes with a number that a module which stays as it is returned")
         frame.finish(out, placeholders)

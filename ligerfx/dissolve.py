@@ -143,6 +143,8 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     elif isinstance(value, dict):
         yield from _leaves(list(value.values()))
+    elif isinstance(value, Node) and value.target is torch.Size:
+        yield from _leaves(value.args[0])
     elif isinstance(value, Node) or type(value) in (int, float):
         yield value
 

@@ -76,8 +76,7 @@ class Frame:
         if self.capture.error:
             return None
         try:
-            node_args = tuple(self.arg(a) for a in args)
-            node_kwargs = {k: self.arg(v) for k, v in kwargs.items()}
+            node_args, node_kwargs = self.arg((tuple(args), kwargs), keep_sizes=op == "call_module")
         except CaptureError as error:
             self.fail(f"{error}, in {call_site()[0]}")
             return None
@@ -105,8 +104,9 @@ class Frame:
         elif not isinstance(out, (*PLAIN, torch.SymInt)) or isinstance(out, (TracedInt, TracedFloat)):
             self.bind(out, make if get else node)
 
-    def arg(self, value: Any) -> Any:
-        """What stands for `value` in this graph. Raises CaptureError where nothing can."""
+    def arg(self, value: Any, keep_sizes: bool = False) -> Any:
+        """What stands for `value` in this graph. A torch.Size becomes a tuple, which is the same for torch; not so for
+        a module, `keep_sizes`. Raises CaptureError where nothing can."""
         node = self.node_of(value)
         if node is not None:
             return node
@@ -121,18 +121,19 @@ class Frame:
                 size.meta.setdefault("val", value)
             return size
         if isinstance(value, torch.Size):
-            return tuple(self.arg(v) for v in value)
+            sizes = tuple(self.arg(v) for v in value)
+            return self.graph.call_function(torch.Size, (sizes,)) if keep_sizes else sizes
         if type(value).__module__ == "numpy" and value.ndim == 0:  # `np.sqrt(head_dim)`: a float by another name
             return value.item()
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, (tuple, list)):
-            items = [self.arg(v) for v in value]
+            items = [self.arg(v, keep_sizes) for v in value]
             if hasattr(value, "_fields"):
                 return type(value)(*items)
             return tuple(items) if isinstance(value, tuple) else items
         if type(value) is dict:
-            return {k: self.arg(v) for k, v in value.items()}
+            return {k: self.arg(v, keep_sizes) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(*(self.arg(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, nn.Module) and id(value) in self.origins.paths:
@@ -271,7 +272,7 @@ class Frame:
             return self.graph.call_function(type(value), kwargs=kwargs)
         if type(value) in (tuple, list):
             return type(value)(self.output_arg(v) for v in value)
-        return self.arg(value)
+        return self.arg(value, keep_sizes=True)
 
 
 def _getter(frame: Frame, make: Callable, function: Callable, key: Any, value: Any) -> Callable:

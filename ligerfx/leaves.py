@@ -45,6 +45,11 @@ def is_check(value: Any) -> bool:
     return isinstance(value, FunctionType) and value.__name__ == "torch_compilable_check"
 
 
+def put(items: Any, key: Any, value: Any) -> None:
+    """What `items[key] = value` is in a graph, where `items` is no tensor: no tensor changes."""
+    items[key] = value
+
+
 def is_kernel(value: Any) -> bool:
     """Whether transformers runs a kernel of another package in place of this function where there is one: the scan of a
     recurrent layer, a causal convolution."""

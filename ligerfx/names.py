@@ -97,8 +97,7 @@ class Name:
 
 def hold(names: tuple[Name, ...]) -> bool:
     """Whether all names stand for what they stood for."""
-    compiling = torch.compiler.is_compiling()
-    return all([name.holds_for_compiler() if compiling else name.holds() for name in names])
+    return all(map(Name.holds_for_compiler if torch.compiler.is_compiling() else Name.holds, names))
 
 
 @torch.compiler.assume_constant_result

@@ -7,6 +7,8 @@ a model are the tracer's.
 from __future__ import annotations
 
 import contextlib
+import operator
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ from .capture import Capture, works_in_place
 from .errors import CaptureError
 from .frame import Frame, Origins
 from .guesses import Guesses
-from .leaves import is_check, is_kernel
+from .leaves import is_check, is_kernel, put
 from .names import entries
 from .probes import probed
 from .shapes import Shapes
@@ -144,9 +146,25 @@ class Recorder(TorchFunctionMode):
                 frame.bind_results(out)
         return out
 
-    def stand_in(self, value: Any) -> Any:
-        """What stands for a foreign object, a cache say, whose one known method is recorded."""
-        return stand_in(value, self._record_update)
+    def _read_item(self, items: Any, key: Any) -> Any:
+        frame = self.frames[-1]
+        value = items._ligerfx_items[key]
+        if frame.record("call_function", operator.getitem, (items, key), {}, value) is not None:
+            with self.pause():
+                frame.bind_results(value)
+        return value
+
+    def _write_item(self, items: Any, key: Any, value: Any) -> None:
+        items._ligerfx_items[key] = value
+        self.frames[-1].record("call_function", put, (items, key, value), {}, None)
+
+    def stand_in(self, value: Any, items: Any = None) -> Any:
+        """What stands for a foreign object, whose known methods are recorded: of a cache the update of keys and values,
+        of a UserDict, in which layers leave something for others, its items. `items` holds those; default: `value`."""
+        if isinstance(value, UserDict):
+            items = getattr(value, "_ligerfx_items", value) if items is None else items
+            return stand_in(value, {"__getitem__": self._read_item, "__setitem__": self._write_item}, items)
+        return stand_in(value, {"update": self._record_update})
 
     @contextlib.contextmanager
     def pause(self, guess: bool = False) -> Iterator[None]:

@@ -223,9 +223,9 @@ class Tracer(Recorder):
         return capture, out
 
     def _pass_changes_on(self, call: Any, given: Any, before: Any) -> None:
-        """A graph has no side effects: a module whose forward changes a list or dict that it is given runs as it is, and
-        so does its caller. The caller's list, of which forward got a copy, is changed in the same way, for what comes
-        after."""
+        """A graph has no side effects: a module whose forward changes a list or dict that it is given stays as it is,
+        and so does its caller. The caller's list, of which forward got a copy, is changed in the same way, for what
+        comes after."""
         frame, (args, kwargs), (own_args, own_kwargs) = self.frames[-1], call, given
         if same_containers(before, given, lambda a, b: b is frame.stand_ins.get(id(a), a)):
             return

@@ -271,9 +271,7 @@ def test_layers_alike_learn_once(family, use_cache, monkeypatch):
     """What a first call has to capture does not grow with depth, and a second call captures nothing."""
     captured = []
     trace = Tracer.trace
-    monkeypatch.setattr(
-        Tracer, "trace", lambda self, *a: captured.append(type(self.origins.root).__name__) or trace(self, *a)
-    )
+    monkeypatch.setattr(Tracer, "trace", lambda self, *a: captured.append(type(self.root).__name__) or trace(self, *a))
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2} if family == "gemma3" else {}
     optimised = ligerfx.optimize(make(family, num_hidden_layers=4, **kinds))
     inputs = batch(optimised) | {"use_cache": use_cache}

@@ -1,6 +1,6 @@
 # make demo    optimise a small model and train it beside the original
 # make test    the test suite (tests/gpu is skipped without a GPU)
-# make test-processes    DDP, FSDP and DeepSpeed, where that is installed: two processes, minutes
+# make test-processes    its last part alone: DDP, FSDP and DeepSpeed, where that is installed, in two processes
 # make lint    ruff
 # make clean   remove the virtual environment and what the tools left behind
 
@@ -16,7 +16,9 @@ demo: $(INSTALLED)
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for HuggingFace's package.
 test: $(INSTALLED)
 	$(VENV)/bin/pytest -n 2
+	$(MAKE) test-processes
 
+# By themselves: each test has two processes already, which wait for each other.
 test-processes: $(INSTALLED)
 	LIGERFX_PROCESSES=1 $(VENV)/bin/pytest tests/training/test_distributed.py tests/training/test_deepspeed.py
 

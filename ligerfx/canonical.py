@@ -88,7 +88,7 @@ class Canonicalizer:
         return self.terms.symbol("leaf", (node,), (), val.dtype if isinstance(val, torch.Tensor) else None)
 
     def term(self, node: Node, op: str, attrs: tuple, *args: sympy.Expr) -> sympy.Symbol:
-        return self.terms.symbol(op, attrs, [normal(a) for a in args], node.meta["val"].dtype)
+        return self.terms.symbol(op, attrs, [self.terms.argument(a) for a in args], node.meta["val"].dtype)
 
     def operand(self, node: Node, value: Any) -> sympy.Expr | None:
         """The value of an operand of the pointwise `node`, rounded where its own dtype is the narrower one."""

@@ -18,14 +18,10 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
+from .constants import PLAIN
+from .names import Name
 from .sharded import is_view_of_flat
 from .traced_numbers import TracedInt, plain
-
-PLAIN = (
-    str, bool, int, float, complex, type(None), type(...),
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
-"""Types of Python constants: they may stand in a graph as they are, and compare by value."""
 
 OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = (
@@ -111,6 +107,14 @@ class Alias(Read):
 
 
 @dataclasses.dataclass(eq=False)
+class Tie(Alias):
+    """One parameter or buffer under two names below `path`, of which the graph uses the first."""
+
+    def same(self, module: nn.Module) -> bool:
+        return tensor_of(module, self.name) is tensor_of(module, self.value)
+
+
+@dataclasses.dataclass(eq=False)
 class StandsFor:
     """A module without a call of its own in the graph, which has the code of `cls` in its place."""
 
@@ -139,6 +143,7 @@ class Capture:
     leaf_values: list[Any] = dataclasses.field(default_factory=list)
     passed_on: set[int] = dataclasses.field(default_factory=set)  # leaves that only modules and leaf functions get
     reads: list[Read] = dataclasses.field(default_factory=list)
+    names: dict[tuple, Name] = dataclasses.field(default_factory=dict)  # global ones, by `Name.key`
     guards: list[sympy.Basic] = dataclasses.field(default_factory=list)
     children: list[tuple[str, Capture]] = dataclasses.field(default_factory=list)
     # Modules without a call of their own in the graph: path -> what `stands_for` is to ask of them.
@@ -166,6 +171,12 @@ def join(*parts: str) -> str:
 
 def submodule(module: nn.Module, path: str) -> nn.Module:
     return module.get_submodule(path) if path else module
+
+
+def tensor_of(module: nn.Module, path: str) -> Any:
+    """The parameter, buffer or other attribute by this path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(submodule(module, owner), name)
 
 
 def snapshot(value: Any) -> Any:

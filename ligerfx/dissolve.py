@@ -67,6 +67,7 @@ def dissolved(capture: Capture, chosen: Collection[str] = ()) -> Capture:
         passed_on=set(capture.passed_on),
         reads=list(capture.reads),
         guards=list(capture.guards),
+        names=dict(capture.names),
         absorbed=dict(capture.absorbed),
     )
     copier = _Copier(new, chosen)
@@ -144,6 +145,8 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     elif isinstance(value, dict):
         yield from _leaves(list(value.values()))
+    elif isinstance(value, Node) and value.target is torch.Size:
+        yield from _leaves(value.args[0])
     elif isinstance(value, Node) or type(value) in (int, float):
         yield value
 
@@ -151,6 +154,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _merge(new: Capture, child: Capture, path: str, given: list) -> None:
     """What the capture of a dissolved module rests on, its caller's now rests on."""
     new.reads += [type(read)(join(path, read.path), read.name, read.value) for read in child.reads]
+    new.names |= child.names
     new.guards += child.guards
     new.absorbed |= {join(path, inner): known for inner, known in child.absorbed.items()}
     for index, (value, node) in enumerate(zip(child.leaf_values, given, strict=True)):

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import GLOBAL_HOOKS, OWN_HOOKS, Read, StandsFor
+from .capture import GLOBAL_HOOKS, OWN_HOOKS, AnyInt, Read, StandsFor
 from .deferred import settled_if_sharded
+from .names import hold
 from .signature import autocast_key
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def entry_for(
     """
     source = _Source()
     mode = autocast_key()
-    source.check(f"autocast_key() == {mode!r}" if mode else "not (autocast('cuda') or autocast('cpu'))")
+    source.check(f"autocast_key() == {mode!r}" if mode else "not autocast()")
     try:
         leaves = list(_arguments(source, args, kwargs))
     except _NoEntry:
@@ -78,7 +79,9 @@ def entry_for(
         source.lines.append(f"s{index} = x[{index}].shape")
     if conditions:
         source.check(re.sub(r"x\[(\d+)\]\.shape", r"s\1", conditions))
-    _check_modules(source, program.checks, module)
+    if program.capture.error is None:
+        _check_modules(source, program.checks, module)
+        _check_names(source, program)
     if program.function is None:
         result = "forward(m, *args, **kwargs)"
     else:
@@ -93,9 +96,10 @@ def entry_for(
     text += "\n    except (AttributeError, KeyError): return MISS\n"
     text += f"    return {result}" if grad is None else f"    with set_grad_enabled({grad}): return {result}"
     names = {
-        **source.names, "MISS": MISS, "Tensor": torch.Tensor, "autocast": torch.is_autocast_enabled,
+        **source.names, "MISS": MISS, "Tensor": torch.Tensor, "autocast": torch._C._is_any_autocast_enabled,
         "autocast_key": autocast_key, "torch": torch, "attribute_of": object.__getattribute__, "forward": forward,
-        "absent": _ABSENT, "settled_if_sharded": settled_if_sharded, "set_grad_enabled": torch.set_grad_enabled,
+        "absent": _ABSENT, "hold": hold, "settled_if_sharded": settled_if_sharded,
+        "set_grad_enabled": torch.set_grad_enabled,
     }  # fmt: skip
     exec(compile(text, "<ligerfx entry>", "exec"), names)
     return names["entry"]
@@ -118,8 +122,9 @@ def _argument(source: _Source, where: str, value: Any) -> Iterator[str]:
     source.lines.append(f"{name} = {where}")
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        dtype, device = source.constant(value.dtype), source.constant(value.device)
-        same = f"{name}.dtype is {dtype} and {name}.ndim == {value.ndim} and {name}.device == {device}"
+        # Half the time of comparing devices.
+        place = f"{name}.is_cpu" if value.is_cpu else f"{name}.device == {source.constant(value.device)}"
+        same = f"{name}.dtype is {source.constant(value.dtype)} and {name}.ndim == {value.ndim} and {place}"
         source.check(f"isinstance({name}, Tensor) and {same}")
         yield name
     elif isinstance(value, (str, torch.dtype, torch.device)):
@@ -155,7 +160,9 @@ def _check_read(source: _Source, read: Read) -> None:
     owner = source.module(read.path)
     general = f"{source.constant(read)}.same({owner})"
     value = source.constant(read.value)
-    if type(read) is not Read:
+    if type(read) is AnyInt:
+        source.check(f"type({owner}.__dict__.get({read.name!r})) is int")
+    elif type(read) is not Read:
         source.check(general)
     elif not read.can_change:
         source.check(f"{owner}.__dict__.get({read.name!r}, absent) is {value} or {general}")
@@ -168,6 +175,20 @@ def _check_read(source: _Source, read: Read) -> None:
         source.check(general)
 
 
+def _check_names(source: _Source, program: Program) -> None:
+    """Checks what `names.hold` checks, by identity first."""
+    names = tuple(program.capture.names.values())
+    if not names:
+        return
+    owners: dict[int, str] = {}
+    same = []
+    for name in names:
+        if id(name.owner) not in owners:
+            owners[id(name.owner)] = source.constant(name.owner)
+        same.append(name.short_check(owners[id(name.owner)], source.constant))
+    source.check(f"({' and '.join(same)}) or hold({source.constant(names)})")
+
+
 def _check_stands_for(source: _Source, check: StandsFor, module: nn.Module) -> None:
     """`check.same`, of a module like this one, for which that holds, and whose parameters are where nn.Module keeps
     them. Global hooks are checked elsewhere."""
@@ -176,7 +197,7 @@ def _check_stands_for(source: _Source, check: StandsFor, module: nn.Module) -> N
     source.lines.append("t = d['_parameters']")
     wrong = [f"type({source.module(path)}) is not {source.constant(type(module))}"]
     wrong += [f"d[{name!r}]" for name in OWN_HOOKS]
-    wrong += [f"{name!r} in d" for name in ("forward", "_ligerfx_edited", *check.methods)]
+    wrong += [f"{name!r} in d" for name in dict.fromkeys(("forward", "_ligerfx_edited", *check.methods))]
     wrong += [f"len(t) != {len(module._parameters)}"]
     wrong += [f"(t[{name!r}] is None) is {value is not None}" for name, value in module._parameters.items()]
     source.lines.append(f"if {' or '.join(wrong)}: return MISS")

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .capture import PLAIN, Capture, Children, Read, join, parameters_of, submodule
+from .capture import PLAIN, Capture, Children, Read, Tie, join, parameters_of, submodule
 from .errors import CaptureError
+from .names import Names
 from .source import call_site
 from .symbols import bind_sizes, size_node, symbols_of
 from .torch_calls import modes
@@ -51,6 +52,7 @@ class Frame:
         self.entry_mode = modes()
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
+        self.code: dict[int, Any] = {}  # by id, functions and properties that ran
         self.numbers: list[TracedInt | TracedFloat] = []  # that modules returned which stay as they are
         self.symbols: set[sympy.Symbol] = set()  # of the sizes of what it works on
         self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
@@ -74,8 +76,7 @@ class Frame:
         if self.capture.error:
             return None
         try:
-            node_args = tuple(self.arg(a) for a in args)
-            node_kwargs = {k: self.arg(v) for k, v in kwargs.items()}
+            node_args, node_kwargs = self.arg((tuple(args), kwargs), keep_sizes=op == "call_module")
         except CaptureError as error:
             self.fail(f"{error}, in {call_site()[0]}")
             return None
@@ -103,8 +104,9 @@ class Frame:
         elif not isinstance(out, (*PLAIN, torch.SymInt)) or isinstance(out, (TracedInt, TracedFloat)):
             self.bind(out, make if get else node)
 
-    def arg(self, value: Any) -> Any:
-        """What stands for `value` in this graph. Raises CaptureError where nothing can."""
+    def arg(self, value: Any, keep_sizes: bool = False) -> Any:
+        """What stands for `value` in this graph. A torch.Size becomes a tuple, which is the same for torch; not so for
+        a module, `keep_sizes`. Raises CaptureError where nothing can."""
         node = self.node_of(value)
         if node is not None:
             return node
@@ -119,18 +121,19 @@ class Frame:
                 size.meta.setdefault("val", value)
             return size
         if isinstance(value, torch.Size):
-            return tuple(self.arg(v) for v in value)
+            sizes = tuple(self.arg(v) for v in value)
+            return self.graph.call_function(torch.Size, (sizes,)) if keep_sizes else sizes
         if type(value).__module__ == "numpy" and value.ndim == 0:  # `np.sqrt(head_dim)`: a float by another name
             return value.item()
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, (tuple, list)):
-            items = [self.arg(v) for v in value]
+            items = [self.arg(v, keep_sizes) for v in value]
             if hasattr(value, "_fields"):
                 return type(value)(*items)
             return tuple(items) if isinstance(value, tuple) else items
         if type(value) is dict:
-            return {k: self.arg(v) for k, v in value.items()}
+            return {k: self.arg(v, keep_sizes) for k, v in value.items()}
         if isinstance(value, slice):
             return slice(*(self.arg(v) for v in (value.start, value.stop, value.step)))
         if isinstance(value, nn.Module) and id(value) in self.origins.paths:
@@ -155,10 +158,16 @@ class Frame:
     def _parameter_node(self, value: torch.Tensor) -> torch.fx.Node:
         real = self.origins.parameters.get(id(value))
         if real is not None:
-            for path, owner in submodule(self.origins.root, self.path).named_modules():
-                for name, tensor in (*parameters_of(owner).items(), *owner._buffers.items()):
-                    if tensor is real:
-                        return self.attribute(join(path, name), value)
+            names = [
+                join(path, name)
+                for path, owner in submodule(self.origins.root, self.path).named_modules()
+                for name, tensor in (*parameters_of(owner).items(), *owner._buffers.items())
+                if tensor is real
+            ]
+            for other in names[1:]:
+                self.reads["", (names[0], other)] = Tie("", names[0], other)
+            if names:
+                return self.attribute(names[0], value)
             for owner, name in self._attributes_holding(real):
                 return self.attribute(join(owner, name), value)
         raise CaptureError("a tensor that is neither an input nor a parameter of this module is used")
@@ -187,6 +196,14 @@ class Frame:
             container = submodule(self.origins.root, join(self.path, path))
             if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
                 self.reads.setdefault((path, "_modules"), Children(path, "_modules", tuple(container._modules)))
+
+    def log_names(self, forward: Callable) -> None:
+        """What the code that ran reads by global names, the graph rests on."""
+        functions = [read.value for read in self.reads.values() if callable(read.value)]
+        names = Names([forward, *self.code.values(), *functions])
+        self.capture.names |= names.found
+        if names.sets_global:
+            self.fail(f"{names.sets_global} sets a global variable")
 
     def bind_results(self, out: Any) -> None:
         """Lets sizes that come from a module that stays as it is be measured when it, or its caller, has run.
@@ -255,7 +272,7 @@ class Frame:
             return self.graph.call_function(type(value), kwargs=kwargs)
         if type(value) in (tuple, list):
             return type(value)(self.output_arg(v) for v in value)
-        return self.arg(value)
+        return self.arg(value, keep_sizes=True)
 
 
 def _getter(frame: Frame, make: Callable, function: Callable, key: Any, value: Any) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import sympy
 import torch
@@ -11,6 +12,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from .capture import Capture, Read, StandsFor
 from .errors import CaptureError
+from .names import Name, hold
 from .symbols import expression, first_expression
 from .traced_numbers import TracedFloat, TracedInt, plain
 
@@ -65,11 +67,16 @@ def size_conditions(capture: Capture, dissolved_some: bool) -> list[str]:
     return conditions
 
 
-def guard_of(conditions: list[str], checks: Sequence[StandsFor | Read]) -> Callable[[nn.Module, list], bool]:
+def guard_of(
+    conditions: list[str], checks: Sequence[StandsFor | Read], globals_read: Sequence[Name]
+) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether a capture serves a call with the same key, by its
-    `size_conditions` and its `module_checks`."""
-    names = {f"same{number}": check.same for number, check in enumerate(checks)}
+    `size_conditions`, its `module_checks`, and the global names that the Python code of the model read."""
+    names: dict[str, Any] = {f"same{number}": check.same for number, check in enumerate(checks)}
+    names |= {"hold": hold, "globals_read": tuple(globals_read)}
     modules = [f"same{number}({_module(check.path)})" for number, check in enumerate(checks)]
+    if globals_read:
+        modules.append("hold(globals_read)")
     holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
 
     def guard(module: nn.Module, leaves: list) -> bool:

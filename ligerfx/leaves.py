@@ -45,6 +45,11 @@ def is_check(value: Any) -> bool:
     return isinstance(value, FunctionType) and value.__name__ == "torch_compilable_check"
 
 
+def put(items: Any, key: Any, value: Any) -> None:
+    """What `items[key] = value` is in a graph, where `items` is no tensor: no tensor changes."""
+    items[key] = value
+
+
 def is_kernel(value: Any) -> bool:
     """Whether transformers runs a kernel of another package in place of this function where there is one: the scan of a
     recurrent layer, a causal convolution."""
@@ -69,37 +74,50 @@ def _registry_class() -> type | None:
 
 
 class _Registry:
-    """Stands for a function registry: every function that it gives out is a leaf."""
+    """Stands for a function registry: every function that it gives out is a leaf.
 
-    def __init__(self, registry: Any, leaf: Callable[[Callable], Callable]) -> None:
-        self._registry = registry
+    `looked_up(registry, key)` is called when a function is asked for.
+    """
+
+    def __init__(self, registry: Any, leaf: Callable[[Callable], Callable], looked_up: Callable) -> None:
+        self._ligerfx_original = registry
         self._leaf = leaf
+        self._looked_up = looked_up
 
     def __getitem__(self, key: Any) -> Callable:
-        return self._leaf(self._registry[key])
+        self._looked_up(self._ligerfx_original, key)
+        return self._leaf(self._ligerfx_original[key])
 
-    def get_interface(self, *args: Any, **kwargs: Any) -> Callable:
-        return self._leaf(self._registry.get_interface(*args, **kwargs))
+    def get_interface(self, key: Any, *args: Any, **kwargs: Any) -> Callable:
+        self._looked_up(self._ligerfx_original, key)
+        return self._leaf(self._ligerfx_original.get_interface(key, *args, **kwargs))
 
-    def get(self, *args: Any, **kwargs: Any) -> Any:
-        value = self._registry.get(*args, **kwargs)
+    def get(self, key: Any, *args: Any, **kwargs: Any) -> Any:
+        self._looked_up(self._ligerfx_original, key)
+        value = self._ligerfx_original.get(key, *args, **kwargs)
         return self._leaf(value) if callable(value) else value
 
     def __contains__(self, key: Any) -> bool:
-        return key in self._registry
+        return key in self._ligerfx_original
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._registry, name)
+        return getattr(self._ligerfx_original, name)
 
 
 @contextlib.contextmanager
-def leaf_functions(modules: Iterable[nn.Module], record: Callable[..., Any]) -> Iterator[None]:
+def leaf_functions(
+    modules: Iterable[nn.Module], record: Callable[..., Any], look_up: Callable[[Any, Any], None]
+) -> Iterator[None]:
     """While active, leaf functions reached from the source files of `modules` go through `record`.
 
-    `record(function, args, kwargs)` is called in place of `function(*args, **kwargs)`. Other threads keep
-    seeing the original functions.
+    `record(function, args, kwargs)` is called in place of `function(*args, **kwargs)`, and `look_up(registry, key)`
+    when a registry is asked for one. Other threads keep seeing the original functions.
     """
     owner = threading.get_ident()
+
+    def looked_up(registry: Any, key: Any) -> None:
+        if threading.get_ident() == owner:
+            look_up(registry, key)
 
     def leaf(function: Callable) -> Callable:
         function = getattr(function, "_ligerfx_original", function)
@@ -135,7 +153,7 @@ def leaf_functions(modules: Iterable[nn.Module], record: Callable[..., Any]) -> 
                 if attention or is_mask_function(value) or is_kernel(value):
                     new: Any = leaf(value)
                 elif registry_class is not None and isinstance(value, registry_class):
-                    new = _Registry(value, leaf)
+                    new = _Registry(value, leaf, looked_up)
                 else:
                     continue
                 replaced.append((vars(file), name, value))

@@ -35,6 +35,7 @@ from .pattern import Pattern
 from .registry import referenced, references
 from .rewriter import rewrite
 from .shadow import exposes_parameters
+from .sharded import is_fully_sharded
 from .signature import autocast_key, call_key
 from .source import describe_error
 from .symbols import FakeInputs
@@ -125,7 +126,7 @@ class Session:
         capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
         conditions = size_conditions(capture, bool(chosen))
         checks = capture.module_checks()
-        guard = guard_of(conditions, checks)
+        guard = guard_of(conditions, checks, list(capture.names.values()))
         before, costs = listing(capture.graph), [cost(match) for match in matches]
         changed = rewrite(capture.graph, matches)
         function, code = compile_graph(capture.graph)
@@ -330,7 +331,7 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
         _warn_once(
             module,
             f"{type(module).__name__} was called in more than {MAX_SIGNATURES} ways (dtypes, kinds of arguments, "
-            "attribute values); further ones run its original forward",
+            "values of attributes and of global names); further ones run its original forward",
         )
         return None, leaves
     session = module._ligerfx_session
@@ -375,12 +376,20 @@ def warn_of_full_logits(module: OptimizedModule, program: Program) -> None:
         if isinstance(node, Node) and node.op == "call_module":
             head = module.get_submodule(node.target)
             if not exposes_parameters(head):
+                what = (
+                    f"a {type(head).__name__} with an adapter, a hook or quantised weights, and not a plain nn.Linear"
+                )
+                cure = "As a plain nn.Linear (after merge_and_unload(), say), it is fused with the loss"
+                if is_fully_sharded(head):
+                    what = "a unit of FSDP of its own, or with a norm, whose hooks gather its weights"
+                    cure = "Left to the unit of the whole model, it is fused with the loss"
+                elif any(hasattr(parameter, "ds_shape") for parameter in head.parameters(recurse=False)):
+                    what = "sharded by DeepSpeed ZeRO-3, whose hooks gather its weights"
+                    cure = "With ZeRO-2, it is fused with the loss"
                 _warn_once(
                     module,
-                    f"{type(module).__name__}: {node.target} is a {type(head).__name__} with an adapter, a hook or "
-                    "quantised weights, and not a plain nn.Linear. It is called as it is, so the logits are computed "
-                    "in full and only their loss runs as a kernel. As a plain nn.Linear (after merge_and_unload(), "
-                    "say), it is fused with the loss.",
+                    f"{type(module).__name__}: {node.target} is {what}. It is called as it is, so the logits are "
+                    f"computed in full and only their loss runs as a kernel. {cure}.",
                 )
 
 

@@ -7,6 +7,8 @@ a model are the tracer's.
 from __future__ import annotations
 
 import contextlib
+import operator
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +20,8 @@ from .capture import Capture, works_in_place
 from .errors import CaptureError
 from .frame import Frame, Origins
 from .guesses import Guesses
-from .leaves import is_check, is_kernel
+from .leaves import is_check, is_kernel, put
+from .names import entries
 from .probes import probed
 from .shapes import Shapes
 from .sharded import torchs_own_linear
@@ -74,6 +77,15 @@ class Recorder(TorchFunctionMode):
         frame.recorded_modes.add(modes())
         frame.record(*spelled(func, name, args, kwargs), out)
         return out
+
+    def log_code(self, code: Any) -> None:
+        """Says that a function, or a property, of the model runs in the innermost forward."""
+        if not self.paused and self.frames:
+            self.frames[-1].code[id(code)] = code
+
+    def log_lookup(self, registry: Any, key: Any) -> None:
+        if not self.paused and self.frames:
+            self.frames[-1].capture.names |= {name.key: name for name in entries(registry, key)}
 
     def trace_function(self, function: Callable, arguments: dict[str, Any], meta: bool = False) -> torch.fx.Graph:
         """Records a plain function. Tensors among the arguments (fakes, or `meta` tensors) become placeholders by
@@ -134,9 +146,25 @@ class Recorder(TorchFunctionMode):
                 frame.bind_results(out)
         return out
 
-    def stand_in(self, value: Any) -> Any:
-        """What stands for a foreign object, a cache say, whose one known method is recorded."""
-        return stand_in(value, self._record_update)
+    def _read_item(self, items: Any, key: Any) -> Any:
+        frame = self.frames[-1]
+        value = items._ligerfx_items[key]
+        if frame.record("call_function", operator.getitem, (items, key), {}, value) is not None:
+            with self.pause():
+                frame.bind_results(value)
+        return value
+
+    def _write_item(self, items: Any, key: Any, value: Any) -> None:
+        items._ligerfx_items[key] = value
+        self.frames[-1].record("call_function", put, (items, key, value), {}, None)
+
+    def stand_in(self, value: Any, items: Any = None) -> Any:
+        """What stands for a foreign object, whose known methods are recorded: of a cache the update of keys and values,
+        of a UserDict, in which layers leave something for others, its items. `items` holds those; default: `value`."""
+        if isinstance(value, UserDict):
+            items = getattr(value, "_ligerfx_items", value) if items is None else items
+            return stand_in(value, {"__getitem__": self._read_item, "__setitem__": self._write_item}, items)
+        return stand_in(value, {"update": self._record_update})
 
     @contextlib.contextmanager
     def pause(self, guess: bool = False) -> Iterator[None]:

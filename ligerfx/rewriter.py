@@ -71,7 +71,7 @@ def _tidy(graph: Graph) -> None:
     graph.lint()
 
 
-_PURE = (operator.getitem, getattr, "size", deferred_logits)
+_PURE = (operator.getitem, getattr, "size", torch.Size, deferred_logits)
 
 
 def _fork(graph: Graph, call: Node, source: Node, position: int) -> Node:

@@ -6,23 +6,28 @@ Python code reads of it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
 from .capture import (
+    Alias,
     Read,
     has_hooks,
     has_own_hooks,
+    join,
     parameters_of,
     present_parameters,
     runs_its_forward,
     stands_for,
 )
 from .clone import clone_tree, detach_state
+from .errors import CaptureError
 from .leaves import CACHE_INDEX, HOOKS_MARK
 from .recorder import Recorder
 from .sharded import whole_parameters, wrapped_module
@@ -49,10 +54,11 @@ class LazyFakes(dict):
         return value if value is None else self._fake(value)
 
 
-def logged_class(cls: type, log: Callable, log_write: Callable, cache: dict[type, type]) -> type:
+def logged_class(cls: type, log: Callable, log_write: Callable, log_code: Callable, cache: dict[type, type]) -> type:
     """A subclass of `cls` that reports which attributes are read and set. It passes for `cls` by name.
 
-    `log(shadow, name, value)` gives what the model's code sees of an attribute that is read.
+    `log(shadow, name, value)` gives what the model's code sees of an attribute that is read; `log_code` is told which
+    methods and properties of the class it uses.
     """
     if cls not in cache:
 
@@ -62,6 +68,8 @@ def logged_class(cls: type, log: Callable, log_write: Callable, cache: dict[type
                 state = object.__getattribute__(self, "__dict__")
                 if name in state or (isinstance(value, _CONSTANT) and _is_class_constant(cls, name)):
                     return log(self, name, value)
+                if isinstance(code := getattr(cls, name, None), (FunctionType, property)):
+                    log_code(code)
             return value
 
         def __setattr__(self: nn.Module, name: str, value: Any) -> None:
@@ -135,7 +143,7 @@ class ShadowTree:
         self.aliases = _aliases(model)
         self.root = clone_tree(
             model,
-            lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, logged),
+            lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, recorder.log_code, logged),
             shadows,
         )
         for real_id, real in {id(m): m for m in model.modules()}.items():
@@ -186,7 +194,10 @@ class ShadowTree:
 
     def _log_read(self, shadow: nn.Module, name: str, value: Any) -> Any:
         path = self.origins.paths.get(id(shadow))
-        if self.recorder.paused or path is None or isinstance(value, nn.Module):
+        if self.recorder.paused or path is None:
+            return value
+        if id(value) in self.origins.paths:
+            self._log_reference(join(path, name), value)
             return value
         for frame in reversed(self.recorder.frames):
             if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
@@ -199,6 +210,16 @@ class ShadowTree:
                     frame.reads[relative, name] = Read(relative, name, traced)
                 return frame.reads[relative, name].value if name == CACHE_INDEX else value
         return value
+
+    def _log_reference(self, path: str, target: nn.Module) -> None:
+        """An attribute that is a module of the model, and no submodule where it is read: for the graph it is the
+        submodule that it is elsewhere."""
+        for frame in reversed(self.recorder.frames):
+            with contextlib.suppress(CaptureError):
+                names = frame.relative(self.origins.paths[id(target)]), frame.relative(path)
+                frame.reads["", names] = Alias("", *names)
+                return
+            frame.fail(f"the attribute {path!r} is a module outside of {frame.path!r}")
 
 
 def _aliases(root: nn.Module) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,7 @@ def _flatten(value: Any, key: list, leaves: list) -> None:
         key.append(float)
         leaves.append(value)
     elif type(value) in (tuple, list, torch.Size):
-        key.append((list if type(value) is list else tuple, len(value)))
+        key.append((type(value), len(value)))
         for item in value:
             _flatten(item, key, leaves)
     elif type(value) is dict:
@@ -85,23 +86,40 @@ def _names(value: Any, name: str, names: list[str]) -> None:
         names.append(name)
 
 
-def stand_in(value: Any, update: Callable) -> Any:
+def stand_in(value: Any, methods: dict[str, Callable], items: Any = None) -> Any:
     """What stands for a foreign object (a KV cache) during capture: it passes for an instance of its class.
 
-    `update(stand_in, *args)` is called in place of the one method that attention layers call on a cache. Every
-    other use raises AttributeError, which ends the capture of the module that tries.
+    `methods` are what may be called on it, each with the stand-in as its first argument. Every other use raises
+    AttributeError, which ends the capture of the module that tries. `items` is kept as the attribute `_ligerfx_items`.
     """
     cls = type(value)
+    known = {name: functools.partialmethod(_call, method) for name, method in methods.items()}
+    known |= {"_ligerfx_stands_for": cls, "_ligerfx_items": items}
 
     def __getattribute__(self: Any, name: str) -> Any:
-        if name in ("update", "__class__", "_ligerfx_stands_for"):
+        if name in known or name == "__class__":
             return object.__getattribute__(self, name)
         raise AttributeError(f"{cls.__name__}.{name} is used inside forward")
 
-    def record_update(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return update(self, *args, **kwargs)
-
-    body = {"__getattribute__": __getattribute__, "update": record_update, "_ligerfx_stands_for": cls}
+    body = {**known, "__getattribute__": __getattribute__}
     if hasattr(cls, "__getattr__"):  # called after an AttributeError, that of nn.Module would ask again, without end
         body["__getattr__"] = __getattribute__
     return object.__new__(type(cls.__name__, (cls,), body))
+
+
+def _call(self: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    return function(self, *args, **kwargs)
+
+
+def same_containers(a: Any, b: Any, same_leaf: Callable[[Any, Any], bool]) -> bool:
+    """Whether two arguments hold the same, down through tuples, lists and dicts."""
+    if type(a) is not type(b) and (type(a) in _CONTAINERS or type(b) in _CONTAINERS):
+        return False
+    if type(a) is dict:
+        return list(a) == list(b) and all(same_containers(a[key], b[key], same_leaf) for key in a)
+    if type(a) in _CONTAINERS:
+        return len(a) == len(b) and all(same_containers(x, y, same_leaf) for x, y in zip(a, b, strict=True))
+    return same_leaf(a, b)
+
+
+_CONTAINERS = (tuple, list, torch.Size, dict)

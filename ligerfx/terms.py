@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from .algebra import ConstantStr
+from .algebra import ConstantStr, normal
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Terms:
         self.symbols: dict[Term, sympy.Symbol] = {}
         self.terms: dict[sympy.Symbol, Term] = {}
         self.dtypes: dict[sympy.Symbol, torch.dtype | None] = {}
+        self.written: dict[sympy.Expr, sympy.Expr] = {}  # what arguments of terms were before they were multiplied out
 
     def symbol(self, op: str, attrs: tuple, args: Sequence[sympy.Expr], dtype: torch.dtype | None) -> sympy.Symbol:
         term = Term(op, attrs, tuple(args))
@@ -45,6 +46,12 @@ class Terms:
             self.terms[symbol] = term
             self.dtypes[symbol] = dtype
         return self.symbols[term]
+
+    def argument(self, value: sympy.Expr) -> sympy.Expr:
+        """The form in which a value is an argument of a term."""
+        form = normal(value)
+        self.written.setdefault(form, value)
+        return form
 
     def are_related(self, a: sympy.Expr, b: sympy.Expr) -> bool:
         """Whether all that one of two values is made of goes into the other, itself or inside a term."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ from .leaves import leaf_functions
 from .opaque import own_results, symbolic_inputs
 from .recorder import Recorder
 from .shadow import ShadowTree, exposes_parameters, is_leaf_module, owns_nothing
-from .signature import call_key, parameter_names
+from .signature import call_key, parameter_names, same_containers
 from .source import describe_error
 from .symbols import FakeInputs, bind_sizes, expression, symbols_of
 from .torch_calls import modes
@@ -62,7 +63,7 @@ class Tracer(Recorder):
         args, kwargs = self._fake_call(args, kwargs)
         self._shadows.device = next((x.device for x in call_key(args, kwargs)[1] if isinstance(x, torch.Tensor)), None)
         self._root_capture = Capture("", *call_key(args, kwargs)[:1], torch.fx.Graph())
-        leaves = leaf_functions(self.root.modules(), self.record_leaf_function)
+        leaves = leaf_functions(self.root.modules(), self.record_leaf_function, self.log_lookup)
         # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
         # The stance is the process's, and is set while `leaves` keeps other threads from tracing.
         with leaves, torch.compiler.set_stance("force_eager"), _errors_not_logged(), self.fakes.active(), self:
@@ -87,15 +88,15 @@ class Tracer(Recorder):
                 return TracedInt(value)
             if type(value) is float:
                 return TracedFloat(value)
-            if isinstance(value, tuple) and type(value) is tuple:
-                return tuple(fake(v) for v in value)
+            if type(value) in (tuple, torch.Size):
+                return type(value)([fake(v) for v in value])
             if type(value) is list:
                 return [fake(v) for v in value]
             if type(value) is dict:
                 return {k: fake(v) for k, v in value.items()}
             if isinstance(value, (str, bool, type(None), torch.dtype, torch.device)):
                 return value
-            return self.stand_in(value)
+            return self.stand_in(value, dict(value) if isinstance(value, UserDict) else None)
 
         return tuple(fake(a) for a in args), {k: fake(v) for k, v in kwargs.items()}
 
@@ -110,6 +111,7 @@ class Tracer(Recorder):
             frame.capture.absorbed[own] = (cls, ())
             if real._buffers:  # a loss gets class weights later, perhaps
                 frame.reads[own, "_buffers"] = Read(own, "_buffers", real._buffers)
+            self.log_code(cls.forward)
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self.pause():
@@ -164,7 +166,8 @@ class Tracer(Recorder):
     def _capture_module(
         self, shadow: nn.Module, forward: Callable, path: str, args: tuple, kwargs: dict
     ) -> tuple[Capture, Any]:
-        args, kwargs = _with_traced_numbers(args), _with_traced_numbers(kwargs)
+        call = args, kwargs
+        args, kwargs = _with_traced_numbers(call)
         key, leaves = call_key(args, kwargs)
         capture = Capture(path, key, torch.fx.Graph(), leaf_values=leaves)
         if not self.frames:
@@ -181,7 +184,9 @@ class Tracer(Recorder):
         self.frames.append(frame)
         try:
             with self.guess_sizes(False):
-                out = forward(shadow, *_with_stand_ins(args, frame), **_with_stand_ins(kwargs, frame))
+                given = _with_stand_ins((args, kwargs), frame)
+                out = forward(shadow, *given[0], **given[1])
+            self._pass_changes_on(call, given, (args, kwargs))
         except Exception as error:
             frame.fail(describe_error(error))
             frame.guessing = True  # the caller's graph, and those of the modules inside, may be good all the same
@@ -212,12 +217,26 @@ class Tracer(Recorder):
             if not capture.error:
                 frame.check_modes()
                 frame.check_reads()
+                frame.log_names(forward)
                 if any(number.used for number in frame.numbers):
                     frame.fail("forward computes with a number that a module which stays as it is returned")
         frame.finish(out, placeholders)
         capture.output = out
         self._twins.add(self.origins.modules[id(shadow)], capture)
         return capture, out
+
+    def _pass_changes_on(self, call: Any, given: Any, before: Any) -> None:
+        """A graph has no side effects: a module whose forward changes a list or dict that it is given stays as it is,
+        and so does its caller. The caller's list, of which forward got a copy, is changed in the same way, for what
+        comes after."""
+        frame, (args, kwargs), (own_args, own_kwargs) = self.frames[-1], call, given
+        if same_containers(before, given, lambda a, b: b is frame.stand_ins.get(id(a), a)):
+            return
+        frame.fail("forward changes a list or dict that it is given")
+        for caller in self.frames[-2:-1]:
+            caller.fail(f"{frame.path} changes a list or dict that it is given")
+        for value, own in (*zip(args, own_args, strict=True), *((v, own_kwargs[k]) for k, v in kwargs.items())):
+            _change(value, own)
 
     def _placeholders(
         self, frame: Frame, forward: Callable, args: tuple, kwargs: dict, leaves: list
@@ -268,10 +287,29 @@ def _with_traced_numbers(value: Any) -> Any:
     """A call in which each number is an object of its own, that knows whether forward computes with it. (Equal small
     ints are one object: what stands for one in a graph would stand for all.)"""
     if type(value) in (tuple, list, torch.Size):
-        return (list if type(value) is list else tuple)(_with_traced_numbers(v) for v in value)
+        items = type(value)([_with_traced_numbers(v) for v in value])
+        if type(value) is torch.Size:  # which computes with them unseen
+            for number in items:
+                number.used = True
+        return items
     if type(value) is dict:
         return {k: _with_traced_numbers(v) for k, v in value.items()}
     return {int: TracedInt, float: TracedFloat}.get(type(value), lambda v: v)(value)
+
+
+def _change(caller: Any, own: Any) -> None:
+    """Makes of a list or dict what another is, down through what is inside."""
+    if type(caller) is not type(own) or type(caller) not in (tuple, list, dict):
+        return
+    pairs = caller.items() if type(caller) is dict else enumerate(caller)
+    for key, value in list(pairs):
+        if key in own if type(caller) is dict else key < len(own):
+            _change(value, own[key])
+    if type(caller) is dict:
+        caller.clear()
+        caller.update(own)
+    elif type(caller) is list:
+        caller[:] = own
 
 
 def _is_empty(value: Any) -> bool:

@@ -110,13 +110,14 @@ class Unifier:
         """All extensions of `bound` under which the pattern value `p` is the graph value `t`."""
         kind = self.variant.kinds.get(p)
         if kind is not None and p in bound:
-            if bound[p] == t or (t.is_number and _close(bound[p], t)):
+            if bound[p] in (t, self.view.terms.written.get(t)) or (t.is_number and _close(bound[p], t)):
                 yield bound
             else:
                 self.note(self._progress, lambda: f"expected {p} = {self._found(bound[p])}, found {self._found(t)}")
         elif kind == "tensor":
-            if t in self.view.nodes_of:
-                yield {**bound, p: t}
+            value = t if t in self.view.nodes_of else self.view.terms.written.get(t)
+            if value in self.view.nodes_of:
+                yield {**bound, p: value}
             else:
                 share = min(self._progress, NEARLY + 0.01)  # mostly another failure tells more
                 told = not t.is_number

@@ -93,7 +93,7 @@ class Surprising(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm = Norm()
+        self.norm = RMSNorm(H)
 
     def forward(self, rows, sizes):
         entropies = torch.distributions.Categorical(logits=self.norm(rows)).entropy()
@@ -121,7 +121,7 @@ class Resized(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm = Norm()
+        self.norm = RMSNorm(H)
 
     def forward(self, rows, sizes):
         (count,) = sizes

@@ -10,8 +10,8 @@ import pytest
 
 FOLDER = Path(__file__).parent
 
-takes_minutes = pytest.mark.skipif(
-    "LIGERFX_PROCESSES" not in os.environ, reason="takes minutes: make test-processes, which sets LIGERFX_PROCESSES"
+by_themselves = pytest.mark.skipif(
+    "LIGERFX_PROCESSES" not in os.environ, reason="two processes: make test-processes, which sets LIGERFX_PROCESSES"
 )
 
 
@@ -28,7 +28,7 @@ def run_workers(script, folder, checks):
             processes.append(subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
         for process in processes:
-            process.wait(timeout=240)
+            process.wait(timeout=600)
     finally:
         for process in processes:
             process.kill()

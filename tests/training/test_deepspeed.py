@@ -6,9 +6,9 @@ The checks are in `_deepspeed_workers.py`, each under the name of its test here.
 import importlib.util
 
 import pytest
-from training.processes import failure, run_workers, takes_minutes
+from training.processes import by_themselves, failure, run_workers
 
-pytestmark = takes_minutes
+pytestmark = by_themselves
 
 CHECKS = ["zero2", "zero3", "zero3_built_in_shards"]
 

@@ -5,9 +5,9 @@ The checks are in `_workers.py`, each under the name of its test here.
 
 import pytest
 import torch
-from training.processes import failure, run_workers, takes_minutes
+from training.processes import by_themselves, failure, run_workers
 
-pytestmark = takes_minutes
+pytestmark = by_themselves
 
 CHECKS = [
     "ddp",
@@ -19,6 +19,7 @@ CHECKS = [
     "fsdp2_tied",
     "fsdp2_mixed_precision",
     "fsdp2_accumulation",
+    "fsdp2_with_a_unit_of_norm_and_head",
     "fsdp2_state_dicts",
     "fsdp2_logits",
     "fsdp1",

@@ -38,8 +38,8 @@ class Recorded:
 
 
 def on(device, family):
-    """A model and a batch there, of a kind of call that optimize does not see: without a mask."""
-    model = make(family).to(device)
+    """A model of one layer and a batch there, of a kind of call that optimize does not see: without a mask."""
+    model = make(family, num_hidden_layers=1).to(device)
     inputs = default_batch(model)
     inputs.pop("attention_mask", None)
     return model, {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -79,10 +79,9 @@ def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
     assert_equal(losses_and_gradients(model, inputs), found)
     assert len(backend.graphs) == 1
     assert backend.count("rsqrt") == 0, "a norm was traced instead of its kernel"
-    assert backend.masks() == [None] * 2, "a mask was built where causal attention needs none"
-    assert (
-        backend.count("autograd_function_apply") == 10
-    )  # a layer's q, k, v; rotation; gate, up; down: twice; the head
+    assert backend.masks() == [None], "a mask was built where causal attention needs none"
+    # The layer's q, k, v; rotation; gate, up; down; the last norm; the head.
+    assert backend.count("autograd_function_apply") == 6
 
 
 def test_without_gradients_the_compiler_gets_the_plain_operations(device):
@@ -98,7 +97,7 @@ def test_without_gradients_the_compiler_gets_the_plain_operations(device):
             found = torch.compile(optimised, backend=backend, fullgraph=True)(**inputs, **more)
             expected = model(**inputs, **more)
             torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
-            assert backend.count("rsqrt") == 5
+            assert backend.count("rsqrt") == 3
             assert backend.count("ligerfx.linear_cross_entropy") + backend.count("autograd_function_apply") == heads
 
 
@@ -152,7 +151,7 @@ def test_a_step_that_is_compiled_before_its_first_call_warns(references):
 
 
 def test_a_changed_attribute_recompiles(references):
-    model = make("llama")
+    model = make("llama", num_hidden_layers=1)
     compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager")
     inputs = default_batch(model)
     compiled(**inputs)
@@ -163,7 +162,7 @@ def test_a_changed_attribute_recompiles(references):
 
 @pytest.mark.parametrize("labels", ["all", "some"])
 def test_other_sizes_and_padding(references, labels):
-    model = make("llama")
+    model = make("llama", num_hidden_layers=1)
     compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager")
     for sizes in ((3, 11), (2, 13), (4, 9)):
         inputs = batch(model, *sizes, padding="left")
@@ -187,13 +186,13 @@ def masked(model, length, **inputs):
 
 def test_masks_are_built_where_they_are_needed(references):
     """Each loss is compared with the original's, too."""
-    llama = make("llama")
-    assert masked(llama, 6) == [False, False]
+    llama = make("llama", num_hidden_layers=1)
+    assert masked(llama, 6) == [False]
     padding = torch.ones(2, 6, dtype=torch.long)
     padding[0, 4:] = 0
-    assert masked(llama, 6, attention_mask=padding) == [True, True]
+    assert masked(llama, 6, attention_mask=padding) == [True]
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
-    assert masked(llama, 6, position_ids=packed) == [True, True]
+    assert masked(llama, 6, position_ids=packed) == [True]
     gemma = make("gemma3")  # a layer with a sliding window, and one without
     window = gemma.config.sliding_window
     assert masked(gemma, window - 1) == [False, False]

@@ -14,6 +14,7 @@ import dis
 import functools
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -27,6 +28,8 @@ _MODELS = "transformers.models."
 _RUN_BY_CALLS = ("__init__", "__new__", "__post_init__", "__call__", "forward")
 _STORE_GLOBAL = dis.opmap["STORE_GLOBAL"]
 _ABSENT = object()
+_by_number: weakref.WeakValueDictionary[int, Name] = weakref.WeakValueDictionary()
+"""All names that there are. torch.compile takes a number for a constant, and a name not in all versions."""
 
 
 class Name:
@@ -42,6 +45,8 @@ class Name:
     def __init__(self, space: ModuleType | type | dict | CellType, name: Any) -> None:
         self.space, self.name = space, name
         self.owner = vars(space) if isinstance(space, (ModuleType, type)) else space
+        self.number = id(self)
+        _by_number[self.number] = self
         self.value = original(self.stored())
         self.state = _state(self.value)
         self._is_plain = isinstance(self.value, PLAIN)
@@ -80,7 +85,7 @@ class Name:
         """The same, as torch.compile can trace it: what it compiles asks again, at least for numbers and functions of
         files and classes."""
         if not self._compilers:
-            return _holds_now(self)
+            return _holds_now(self.number)
         value = getattr(self.space, self.name, None)
         return value == self.value if self._is_plain else value is self.value
 
@@ -101,8 +106,9 @@ def hold(names: tuple[Name, ...]) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _holds_now(name: Name) -> bool:
-    return name.holds()
+def _holds_now(number: int) -> bool:
+    name = _by_number.get(number)
+    return name is not None and name.holds()
 
 
 def _state(value: Any) -> Any:

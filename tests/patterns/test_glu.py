@@ -218,7 +218,7 @@ def test_low_memory(assert_same, calls, low_memory, is_packed):
     optimised = ligerfx.optimize(module, (x,), low_memory=low_memory)
     ((kernel, *tensors, options),) = calls(optimised)
     assert kernel == ("packed_glu_mlp" if is_packed else "glu_mlp")
-    assert tensors[1:] == [*(["gate_up.weight"] if is_packed else ["gate.weight", "up.weight"]), "down.weight"]
+    assert tensors[1:] == [*(["gate.weight"] if is_packed else ["gate.weight", "up.weight"]), "down.weight"]
     assert options == {"activation": "relu", **({"recompute": True} if low_memory else {})}
     assert_same(module, optimised, [x])
 

@@ -76,6 +76,17 @@ def packed_glu(rows: int, width: int) -> Case:
     )
 
 
+def glu_mlp(rows: int, hidden: int, width: int) -> Case:
+    return Case(
+        "glu_mlp",
+        f"{rows} x {hidden} x {width}",
+        inputs=[leaf(rows, hidden), *(leaf(width, hidden, std=hidden**-0.5) for _ in range(2)),
+                leaf(hidden, width, std=width**-0.5)],
+        upstream=[torch.randn(rows, hidden).bfloat16()],
+        flops=18 * rows * hidden * width,
+    )  # fmt: skip
+
+
 def heads(batch: int, seq: int, count: int, width: int) -> Tensor:
     """As in the models: a transposed view of the projection's output, [batch, seq, count, width]."""
     return leaf(batch, seq, count, width).detach().transpose(1, 2).requires_grad_()
@@ -158,6 +169,7 @@ OPS = {
         Op(cross_entropy, [(4096, 128256)], small=(64, 1024)),
         Op(glu, [(8192, 14336), (16384, 8192)], small=(64, 256)),
         Op(packed_glu, [(8192, 8192)], small=(64, 256)),
+        Op(glu_mlp, [(16384, 2048, 8192), (8192, 4096, 14336), (16384, 1024, 3072)], small=(64, 128, 256)),
         Op(rope, [(4, 2048, 32, 8, 128), (8, 2048, 32, 8, 64), (8, 2048, 16, 8, 128)], small=(1, 64, 4, 2, 64)),
         Op(
             rms_norm,

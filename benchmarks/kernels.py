@@ -35,11 +35,10 @@ import torch._functorch.config
 from benchmarks.cases import OPS, Case
 from benchmarks.clock import REPEAT_MS, Clock, limits
 from benchmarks.environment import environment
-from benchmarks.peers import IN_PLACE, PEERS, Calls, at_most, check, floor, like, load, peers_of, prepare, truth
+from benchmarks.peers import IN_PLACE, PEERS, Calls, at_most, check, floors, like, load, peers_of, prepare, truth
 from benchmarks.tables import show, show_host, show_missing, wide_console
 
 ROUNDS = 3
-FLOOR_ROWS = (1024, 2048, 4096, 8192)
 PEER_SECONDS = 60  # for the first call of a peer on a case, which compiles and tunes
 
 
@@ -117,8 +116,8 @@ class Run:
         case = self.case(name, shape)
         timed: dict[tuple[str, str], tuple[Callable, Callable]] = {}
         if case.flops and "floor" in self.peers:
-            for rows in FLOOR_ROWS:
-                timed[f"floor {rows}", "total"] = floor(case, rows), lambda: None
+            for rows, products in floors(case).items():
+                timed[f"floor {rows}", "total"] = products, lambda: None
         facts: dict[str, dict[str, Any]] = {}
         for peer, calls, error in self.prepared(case, peers):
             calls.restore()

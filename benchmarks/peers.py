@@ -29,6 +29,15 @@ def liger_packed_glu() -> Callable:
     return importlib.import_module("liger_kernel.ops").LigerFusedGateUpSiLUMulFunction.apply
 
 
+def liger_glu_mlp() -> Callable:
+    glu = liger("swiglu")
+
+    def run(x: Tensor, gate_weight: Tensor, up_weight: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(glu(F.linear(x, gate_weight), F.linear(x, up_weight)), weight)
+
+    return run
+
+
 def cut_cross_entropy() -> Callable:
     return importlib.import_module("cut_cross_entropy").linear_cross_entropy
 
@@ -53,6 +62,7 @@ OTHERS: dict[str, dict[str, Callable[[], Callable]]] = {
     "add_rms_norm": {"liger": lambda: partial(liger("fused_add_rms_norm"), eps=EPS)},
     "glu": {"liger": lambda: liger("swiglu")},
     "packed_glu": {"liger": liger_packed_glu},
+    "glu_mlp": {"liger": liger_glu_mlp},
     "rope": {"liger": lambda: liger("rope")},
     "norm_rope": {"liger": liger_norm_rope},
     "cross_entropy": {"liger": lambda: liger("cross_entropy"), "aten": lambda: F.cross_entropy},
@@ -121,8 +131,29 @@ def like(upstream: list[Tensor], outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
 
 
-def floor(case: Case, rows: int) -> Callable[[], None]:
-    """The three matrix products of a linear layer and its loss, on the rows that count, so many at a time."""
+FLOOR_ROWS = (1024, 2048, 4096, 8192)
+
+
+def floors(case: Case) -> dict[int, Callable[[], None]]:
+    """The matrix products of a case alone, by the rows that are computed at a time."""
+    if case.op == "linear_cross_entropy":
+        return {rows: _loss_products(case, rows) for rows in FLOOR_ROWS}
+    return {len(case.inputs[0]): partial(_mlp_products, *(t.detach() for t in case.inputs))}
+
+
+def _mlp_products(x: Tensor, gate_weight: Tensor, up_weight: Tensor, weight: Tensor) -> None:
+    """Forward and backward; x is as large as the gradient that comes in."""
+    gate, up = x @ gate_weight.t(), x @ up_weight.t()
+    gate @ weight.t()
+    x @ weight
+    x.t() @ gate
+    (gate @ gate_weight).addmm_(up, up_weight)
+    gate.t() @ x
+    up.t() @ x
+
+
+def _loss_products(case: Case, rows: int) -> Callable[[], None]:
+    """The three of a linear layer and its loss, on the rows that count."""
     x, weight, target = case.inputs
     x, weight = x.detach()[target != -100], weight.detach()
     dx, dw = torch.empty_like(x), torch.empty_like(weight)

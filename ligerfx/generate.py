@@ -177,7 +177,7 @@ def generated_glu(
 ) -> list[Pattern]:
     """Patterns for `activation(gate) * up`, with Triton kernels written from the activation.
 
-    The unit is found by itself and with the down projection, with gate and up from two layers or packed in one. As
+    The unit is found by itself, with the down projection and with all projections, gate and up separate or packed. As
     the kernels of the library do, these keep gate and up for the backward, which computes the activation again, and
     compute in float32. Where a pattern of the library fits, that one is taken (`benefit` is -1). On CPU tensors the
     activation itself runs, unless Triton's interpreter is on.
@@ -185,15 +185,15 @@ def generated_glu(
     Args:
         activation: a function of one tensor, element by element, of arithmetic, `exp`, `log`, `log1p`, `tanh`, `erf`,
             `sigmoid`, `silu`, `gelu`, `relu`, `softplus`, `mish`, `logsigmoid`, `sin`, `cos`, `square`, `sqrt`.
-        name: what the patterns are called: `{name}_glu`, `packed_{name}_glu`, `{name}_glu_linear`,
-            `packed_{name}_glu_linear`. Default: the function's name.
-        low_memory: whether the kernel with the down projection writes activation(gate) * up again in the backward
+        name: what the patterns are called: `{name}_glu`, `{name}_glu_linear`, `{name}_glu_mlp`, and the same with
+            `packed_` before it. Default: the function's name.
+        low_memory: whether the kernels with the down projection write activation(gate) * up again in the backward
             instead of keeping it.
 
     Returns:
         Patterns with the parameters gate and up, both [..., I], or gate_up [..., 2 I], the gate first, and, with the
-        down projection, weight [H, I] and bias [H] or None; all floating point. For `optimize(patterns=...)`, or
-        `register(*...)`.
+        down projection, weight [H, I] and bias [H] or None; or those of `kernels.glu_mlp`; all floating point. For
+        `optimize(patterns=...)`, or `register(*...)`.
 
     Raises:
         PatternError: something else is computed, or the value or the derivative that was derived is not what torch

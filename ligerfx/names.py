@@ -105,10 +105,13 @@ def hold(names: tuple[Name, ...]) -> bool:
     return all(map(Name.holds_for_compiler if torch.compiler.is_compiling() else Name.holds, names))
 
 
-@torch.compiler.assume_constant_result
 def _holds_now(number: int) -> bool:
     name = _by_number.get(number)
     return name is not None and name.holds()
+
+
+# What `torch.compiler.assume_constant_result` does; it would import the compiler, and Triton, with this package.
+_holds_now._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _state(value: Any) -> Any:

@@ -46,7 +46,7 @@ def test_inspect_from_a_file_and_a_folder(run, config, tmp_path):
     code, out, err = run("inspect", config, "--html", tmp_path / "r.html", "--json", tmp_path / "r.json")
     assert code == 0 and err == ""
     assert "5/5 RMSNorm, 2/2 RoPE, 2/2 GLU, 1/1 logits + loss" in out
-    assert "add_rms_norm_rounded_first_linear_x2" in out  # not cut off
+    assert "add_rms_norm_rounded_first_silu_glu_mlp" in out  # not cut off
     assert "0.00B parameters, none of them loaded" in out
     data = json.loads((tmp_path / "r.json").read_text())
     assert data["rewrites"][0]["inputs"]["x"] == "bfloat16 [s0, s1, 64]"

@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "log": lambda x: x * torch.log1p(x * x),
     "tanh of two exponentials": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
 }
-FORMS = ["packed_linear", "linear", "packed", "separate"]
+FORMS = ["packed_mlp", "mlp", "packed_linear", "linear", "packed", "separate"]
 
 
 def replacement(name, form="separate"):
@@ -51,7 +51,7 @@ def test_as_accurate_as_eager(name, dtype, device, assert_as_accurate):
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "computed again"])
 def test_with_the_down_projection(recompute, device, assert_matches, poison):
-    packed_linear, linear, packed, separate = (
+    packed_mlp, mlp, packed_linear, linear, packed, separate = (
         p.replace for p in ligerfx.generated_glu(F.mish, "mish", low_memory=recompute)
     )
     gate, up, weight, bias = (torch.randn(*shape, device=device) for shape in ((5, 48), (5, 48), (16, 48), (16,)))
@@ -62,6 +62,10 @@ def test_with_the_down_projection(recompute, device, assert_matches, poison):
 
     assert_matches(linear, reference, [gate, up, weight, bias])
     assert_matches(packed_linear, lambda x, w: reference(*x.chunk(2, -1), w), [gate_up, weight])
+    x, weights = torch.randn(5, 24, device=device), torch.randn(96, 24, device=device)
+    halves = weights.chunk(2)
+    assert_matches(mlp, lambda x, g, u, w: reference(x @ g.t(), x @ u.t(), w), [x, *halves, weight], atol=1e-4)
+    assert_matches(packed_mlp, lambda x, g, w: reference(*(x @ g.t()).chunk(2, -1), w), [x, weights, weight], atol=1e-4)
     assert_matches(packed, lambda x: F.mish(x[..., :48]) * x[..., 48:], [gate_up])
 
 

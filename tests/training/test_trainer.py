@@ -110,7 +110,7 @@ def test_training_evaluation_and_prediction(model, optimised, trainer, rows, cal
     assert len({entry["loss"] for entry in logged(runs[1]) if "loss" in entry}) > 1
     assert np.array_equal(*predictions)
     assert_equal_parameters(before, optimised)
-    expected = {"rotary", "rmsnorm", "linear_crossentropy", "rmsnorm_linear", "gated_linear"}
+    expected = {"rotary", "rmsnorm", "linear_crossentropy", "rmsnorm_linear", "rmsnorm_mlp"}
     if "label_smoothing_factor" in arguments:  # the Trainer takes the labels away: the smoothed loss is its own
         expected.remove("linear_crossentropy")
     assert expected <= calls.keys()

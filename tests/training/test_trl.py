@@ -21,7 +21,7 @@ COMMON = {
     "per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "bf16": False,
     "gradient_checkpointing": False, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
 }  # fmt: skip
-LAYERS = {"rmsnorm", "rotary", "rmsnorm_linear", "gated_linear"}
+LAYERS = {"rmsnorm", "rotary", "rmsnorm_linear", "rmsnorm_mlp"}
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,9 @@ def glu_linear_backward(
             results = _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, False)
             written = [as_rows(part) for part in halves(results[0], results[1] if need_up else None)]
             if _hopper.product_gradients(dy, weight, *parts, *written, activation):
-                return results + [glu_forward(gate, up, activation).view(dy.shape[0], -1)] * need_z
+                if need_z:
+                    results.append(glu_forward(gate, up, activation).view(dy.shape[0], -1))
+                return results
     dz = torch.mm(dy, weight)
     # z, if it has to be computed again, takes the place of its gradient.
     found = glu_backward(dz, gate, up, activation, need_gate, need_up, need_z)

@@ -18,7 +18,7 @@ def compare(model: nn.Module, batch: int, sequence: int, steps: int, low_memory:
     """Trains `model` and then the same weights optimised, on random token ids [batch, sequence].
 
     Returns:
-        A table with milliseconds a step and peak memory above the weights (on a GPU), and the last loss.
+        A table with milliseconds a step and peak memory above the weights (on a GPU), and the first and the last loss.
     """
     device = next(model.parameters()).device
     weights = {name: value.detach().clone().cpu() for name, value in model.state_dict().items()}
@@ -31,11 +31,12 @@ def compare(model: nn.Module, batch: int, sequence: int, steps: int, low_memory:
 
 def table(original: Run, optimised: Run, tokens: int) -> Table:
     on = torch.cuda.get_device_name() if original.milliseconds is not None else "the CPU"
-    table = Table("", "ms a step", "tokens / s", "GiB above the weights", "last loss", title=f"training on {on}")
+    columns = "", "ms a step", "tokens / s", "GiB above the weights", "first loss", "last loss"
+    table = Table(*columns, title=f"training on {on}")
     for name, run in (("original", original), ("optimised", optimised)):
         time, rate, memory = "", "", ""
         if run.milliseconds is not None:
             time, rate = f"{run.milliseconds:.1f}", f"{tokens / run.milliseconds * 1000:,.0f}"
             memory = f"{run.peak_bytes / 2**30:.2f}"
-        table.add_row(name, time, rate, memory, f"{run.losses[-1]:.6f}")
+        table.add_row(name, time, rate, memory, f"{run.losses[0]:.6f}", f"{run.losses[-1]:.6f}")
     return table

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ligerfx.kernels import (
     _hopper,
+    gated_linear,
+    gated_mlp,
     glu_linear,
     glu_linear_reference,
     glu_mlp,
@@ -21,6 +24,7 @@ from ligerfx.kernels import (
     rms_norm_mlp,
     rms_norm_mlp_reference,
 )
+from ligerfx.kernels.gated import glu_forward
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -147,6 +151,47 @@ def test_a_failure_goes_the_ordinary_way(monkeypatch):
     again = _gradients(glu_mlp, inputs, dy)  # without a further warning
     for a, b, c in zip(got, again, expected, strict=True):
         assert torch.equal(a, b) and (a.float() - c.float()).norm() <= 1e-3 * c.float().norm()
+
+
+def _gated_product(x, gate_weight, up_weight, gate, up, z, activation):
+    gate.copy_(x @ gate_weight.t())
+    up.copy_(x @ up_weight.t())
+    z.copy_(F.silu(gate) * up)
+    return True
+
+
+def _product_gradients(dy, weight, gate, up, dgate, dup, activation):
+    gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    with torch.enable_grad():
+        found = torch.autograd.grad(F.silu(gate) * up, [gate, up], dy @ weight)
+    dgate.copy_(found[0])
+    dup.copy_(found[1])
+    return True
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("whole_mlp", [False, True])
+def test_what_is_computed_around_the_kernels(device, assert_matches, monkeypatch, whole_mlp, recompute, packed):
+    """With plain PyTorch in the place of both: everything has its memory, and nothing is computed in vain."""
+    monkeypatch.setattr(_hopper, "takes", lambda *_: True)
+    monkeypatch.setattr(_hopper, "gated_product", _gated_product)
+    monkeypatch.setattr(_hopper, "product_gradients", _product_gradients)
+    again = []
+    for module in (gated_linear, gated_mlp):
+        monkeypatch.setattr(module, "glu_forward", lambda *args: again.append(1) or glu_forward(*args))
+    function, reference = (MLP if whole_mlp else LINEAR)[packed]
+    first = (
+        [(48, 8) if packed else (24, 8)] * (2 - packed) if whole_mlp else [(2, 3, 48 if packed else 24)] * (2 - packed)
+    )
+    shapes = [(2, 3, 8)] * whole_mlp + first + [(8, 24)]
+    inputs = [torch.randn(shape, device=device) for shape in shapes]
+    assert_matches(functools.partial(function, recompute=recompute), reference, inputs)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves, recompute=recompute)
+    again.clear()
+    y.sum().backward()
+    assert len(again) == recompute
 
 
 COMPILE = """

@@ -57,7 +57,8 @@ _ADVICE = [
     ),
     (
         r"(?s)found (.*) besides",
-        "Apply {0} before or after the idiom, as a step of its own: the pattern does not have it.",
+        "The pattern does not have {0}. Where it can be a step of its own, apply it before or after the idiom; inside, it "
+        "makes another function, for which to write a pattern of your own.",
     ),
     (
         r"(?s)((?:\w+: )?)\bexpected (.*), found (.*)",

@@ -57,8 +57,8 @@ _ADVICE = [
     ),
     (
         r"(?s)found (.*) besides",
-        "Apply {0} before or after the idiom, where it can be a step of its own: the pattern does not have it. Inside, it "
-        "makes another function, which needs a pattern of its own.",
+        "Apply {0} before or after the idiom, where it can be a step of its own: the pattern does not have it. Inside, "
+        "it makes another function, which needs a pattern of its own.",
     ),
     (
         r"(?s)((?:\w+: )?)\bexpected (.*), found (.*)",

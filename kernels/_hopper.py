@@ -285,14 +285,15 @@ def takes(rows: torch.Tensor, n_cols: int, weights: list[torch.Tensor], others: 
         rows.dtype in (torch.bfloat16, torch.float16)
         and all(type(t) in PLAIN and t.dtype == rows.dtype for t in (rows, *weights, *others))
         and depth <= _DEEPEST
-        and triton.cdiv(n_rows, 128) * triton.cdiv(n_cols, 256) >= num_sms(rows)  # or some would be idle
+        and triton.cdiv(n_rows, ROWS.value) * triton.cdiv(n_cols, 2 * HALF.value)
+        >= num_sms(rows)  # or some would be idle
         and all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (rows, *weights))
     )
 
 
 def _launch(kernel: Any, factors: list[Any], tensors: tuple, depth: int, width: int, activation: str) -> bool:
     n_rows, n_cols = tensors[0].shape
-    programs = min(num_sms(tensors[0]), triton.cdiv(n_rows, 128) * triton.cdiv(n_cols, width))
+    programs = min(num_sms(tensors[0]), triton.cdiv(n_rows, ROWS.value) * triton.cdiv(n_cols, width))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     try:
         with launch_device(tensors[0]):
@@ -329,8 +330,9 @@ def gated_product(
     Returns:
         False if the kernel could not be compiled or launched: then nothing is written, and the user is warned once.
     """
-    factors = [(x, [128, 64]), (gate_weight, [64, 64]), (up_weight, [64, 64])]
-    return _launch(_gated_product_kernel, factors, (gate, up, z), x.shape[1], 128, activation)
+    panel = [PANEL.value, DEPTH.value]
+    factors = [(x, [ROWS.value, DEPTH.value]), (gate_weight, panel), (up_weight, panel)]
+    return _launch(_gated_product_kernel, factors, (gate, up, z), x.shape[1], HALF.value, activation)
 
 
 def product_gradients(
@@ -353,5 +355,5 @@ def product_gradients(
     Returns:
         As `gated_product` does.
     """
-    factors = [(dy, [128, 64]), (weight, [64, 256])]
-    return _launch(_product_gradients_kernel, factors, (gate, up, dgate, dup), dy.shape[1], 256, activation)
+    factors = [(dy, [ROWS.value, DEPTH.value]), (weight, [DEPTH.value, 2 * HALF.value])]
+    return _launch(_product_gradients_kernel, factors, (gate, up, dgate, dup), dy.shape[1], 2 * HALF.value, activation)

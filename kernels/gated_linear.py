@@ -84,20 +84,7 @@ def _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, nee
     " bool need_up, bool need_z) -> Tensor[]",
     _gradients_results,
 )
-def glu_linear_backward(
-    dy: torch.Tensor,
-    weight: torch.Tensor,
-    gate: torch.Tensor,
-    up: torch.Tensor | None,
-    activation: str,
-    need_gate: bool,
-    need_up: bool,
-    need_z: bool,
-) -> list[torch.Tensor]:
-    """Of the gradients of gate and of up (packed if up is None), and z = act(gate) * up, those that are needed.
-
-    dy, weight and z are [rows, N], [N, I] and [rows, I].
-    """
+def _gradients(dy, weight, gate, up, activation, need_gate, need_up, need_z):
     if need_gate and need_up == (up is not None):
         parts = [as_rows(part) for part in halves(gate, up)]
         if _hopper.takes(dy, parts[0].shape[1], [weight], parts):
@@ -111,6 +98,25 @@ def glu_linear_backward(
     # z, if it has to be computed again, takes the place of its gradient.
     found = glu_backward(dz, gate, up, activation, need_gate, need_up, need_z)
     return [result for result in found if result is not None]
+
+
+def glu_linear_backward(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: str,
+    need_gate: bool,
+    need_up: bool,
+    need_z: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of gate and of up (packed if up is None), and z = act(gate) * up; None for what is not needed.
+
+    dy, weight and z are [rows, N], [N, I] and [rows, I].
+    """
+    found = iter(_gradients(dy, weight, gate, up, activation, need_gate, need_up, need_z))
+    dgate, dup, z = (next(found) if need else None for need in (need_gate, need_up, need_z))
+    return dgate, dup, z
 
 
 class _GLULinear(torch.autograd.Function):
@@ -137,8 +143,9 @@ class _GLULinear(torch.autograd.Function):
         with no_autocast(dy):
             if need_gate or need_up:
                 need_z = need_w and z is None
-                found = iter(glu_linear_backward(rows, weight, gate, up, ctx.activation, need_gate, need_up, need_z))
-                dgate, dup, again = (next(found) if need else None for need in (need_gate, need_up, need_z))
+                dgate, dup, again = glu_linear_backward(
+                    rows, weight, gate, up, ctx.activation, need_gate, need_up, need_z
+                )
                 z = again if need_z else z
             elif need_w and z is None:
                 z = glu_forward(gate, up, ctx.activation)

@@ -130,8 +130,7 @@ class _GLUMLP(torch.autograd.Function):
         with no_autocast(dy):
             if need_x or need_gate or need_up:
                 wanted = need_x or need_gate, (need_x or need_up) and not ctx.packed, need_w and z is None
-                found = iter(glu_linear_backward(dy, weight, gate, up, ctx.activation, *wanted))
-                dgate, dup, again = (next(found) if want else None for want in wanted)
+                dgate, dup, again = glu_linear_backward(dy, weight, gate, up, ctx.activation, *wanted)
                 z = again if z is None else z
             elif need_w and z is None:
                 z = glu_forward(gate, up, ctx.activation)

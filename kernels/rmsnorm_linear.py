@@ -7,7 +7,8 @@ residual stream's gradient of the norm's kernel. That is why x is among the outp
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,35 @@ def _unfused(x, norm_weight, weights, biases, eps, residual, offset, cast):
     return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)), h
 
 
+def fuses(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor,
+    cast_after: bool,
+    layers: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
+) -> bool:
+    """Whether a norm of x + residual and linear layers (weight, bias) after it can be one function: the layouts are the
+    kernel's, and the layers take the norm's dtype as it is."""
+    dtype = x.dtype
+    if not cast_after and norm_weight.dtype != dtype:
+        dtype = torch.promote_types(dtype, norm_weight.dtype)
+    return (
+        autocast_dtype(x.device.type) is None
+        and x.is_contiguous()
+        and (residual is None or (residual.dtype == x.dtype and residual.is_contiguous()))
+        and all(is_plain_linear(dtype, weight, bias) for weight, bias in layers)
+    )
+
+
+def stream_of(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
+    """The residual stream h as an output of a function whose first inputs are x and the residual."""
+    # An input cannot be returned as it is: in-place operations on it would go unnoticed.
+    stream = x.view_as(x) if residual is None else h
+    if not any(ctx.needs_input_grad[:2]):
+        ctx.mark_non_differentiable(stream)
+    return stream
+
+
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, norm_weight, options, *layers):
@@ -63,10 +93,7 @@ class _RMSNormLinear(torch.autograd.Function):
         ctx.save_for_backward(h, norm_weight, rstd, kept, *weights)
         ctx.options = options[:3]
         ctx.set_materialize_grads(False)
-        # An input cannot be returned as it is: in-place operations on it would go unnoticed.
-        stream = x.view_as(x) if residual is None else h
-        if not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(stream)
+        stream = stream_of(ctx, x, residual, h)
         return *(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)), stream
 
     @staticmethod
@@ -173,15 +200,7 @@ def rms_norm_linear(
         )
     biases = _check(x, norm_weight, weights, biases, residual, cast)
     cast_after = cast == "after_weight"
-    dtype = x.dtype
-    if not cast_after and norm_weight.dtype != dtype:
-        dtype = torch.promote_types(dtype, norm_weight.dtype)
-    if (
-        autocast_dtype(x.device.type) is not None
-        or not x.is_contiguous()
-        or (residual is not None and not (residual.dtype == x.dtype and residual.is_contiguous()))
-        or not all(is_plain_linear(dtype, w, b) for w, b in zip(weights, biases, strict=True))
-    ):
+    if not fuses(x, residual, norm_weight, cast_after, zip(weights, biases, strict=True)):
         return _unfused(x, norm_weight, weights, biases, eps, residual, offset, cast)
     options = (float(eps), float(offset), cast_after, recompute)
     return _RMSNormLinear.apply(x, residual, norm_weight, options, *weights, *biases)

@@ -8,10 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
 from ._activations import Activation, key_of
-from ._linear import is_plain_linear, no_autocast, sum_of_products
-from ._runtime import autocast_dtype, use_triton
+from ._linear import no_autocast, sum_of_products
+from ._runtime import use_triton
 from .gated_linear import glu_linear_backward
 from .gated_mlp import check_mlp, mlp, mlp_reference, projected_glu
+from .rmsnorm_linear import fuses, stream_of
 
 
 def rms_norm_mlp_reference(
@@ -58,10 +59,7 @@ class _RMSNormMLP(torch.autograd.Function):
         )  # fmt: skip
         ctx.options = options[:4]
         ctx.set_materialize_grads(False)
-        # An input cannot be returned as it is: in-place operations on it would go unnoticed.
-        stream = x.view_as(x) if residual is None else h
-        if not any(ctx.needs_input_grad[:2]):
-            ctx.mark_non_differentiable(stream)
+        stream = stream_of(ctx, x, residual, h)
         return torch.mm(z, weight.t()).view(*x.shape[:-1], weight.shape[0]), stream
 
     @staticmethod
@@ -80,8 +78,7 @@ class _RMSNormMLP(torch.autograd.Function):
             need_dy = need_dx or need_norm
             need_z = need_w and z is None
             wanted = need_dy or need_gate, (need_dy or need_up) and not packed, need_z
-            found = iter(glu_linear_backward(dout, weight, gate, up, activation, *wanted))
-            dgate, dup, again = (next(found) if want else None for want in wanted)
+            dgate, dup, again = glu_linear_backward(dout, weight, gate, up, activation, *wanted)
             if need_w:
                 dweight = torch.mm(dout.t(), again if need_z else z)
                 z = again = None
@@ -161,15 +158,8 @@ def rms_norm_mlp(
         )  # fmt: skip
     _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation)
     cast_after = cast == "after_weight"
-    dtype = x.dtype
-    if not cast_after and norm_weight.dtype != dtype:
-        dtype = torch.promote_types(dtype, norm_weight.dtype)
-    if (
-        autocast_dtype(x.device.type) is not None
-        or not x.is_contiguous()
-        or (residual is not None and not (residual.dtype == x.dtype and residual.is_contiguous()))
-        or not all(is_plain_linear(dtype, w) for w in (gate_weight, up_weight, weight) if w is not None)
-    ):
+    layers = [(w, None) for w in (gate_weight, up_weight, weight) if w is not None]
+    if not fuses(x, residual, norm_weight, cast_after, layers):
         y, h = rmsnorm.add_rms_norm(x, residual, norm_weight, eps, offset=offset, cast=cast)
         return mlp(y, gate_weight, up_weight, weight, None, activation, recompute), h
     options = (float(eps), float(offset), cast_after, key_of(activation), recompute)

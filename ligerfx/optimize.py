@@ -94,9 +94,10 @@ def optimize(
         raise OptimizeError(f"max_rewrites must not be negative, got {max_rewrites}")
     args, kwargs = normalized_inputs(model, example_inputs)
     searched = patterns_for(patterns, defaults, low_memory, _device(args, kwargs))
+    session, replaced = Session(searched, Verifier().refuse if verify else None), _replaced(model)
     with _collector_paused():
-        result = _optimized(model, args, kwargs, Session(searched, Verifier().refuse if verify else None), max_rewrites)
-    _warn_of_what_stays(result.report, _replaced(model))
+        result = _optimized(model, args, kwargs, session, replaced, max_rewrites)
+    _warn_of_what_stays(result.report, replaced)
     return result
 
 
@@ -114,13 +115,17 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _optimized(
-    model: nn.Module, args: tuple, kwargs: dict[str, Any], session: Session, max_rewrites: int | None
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    session: Session,
+    replaced: dict[str, str],
+    max_rewrites: int | None,
 ) -> OptimizedModule:
     tracer = Tracer(model, original_class=original_class)
     capture = tracer.trace(args, kwargs)
     if capture.error is not None:
         _check_that_it_runs(model, args, kwargs)
-    replaced = _replaced(model)
     if "" in replaced:
         capture.error = replaced[""]
     programs = _compile(capture, session, tracer)

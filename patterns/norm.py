@@ -9,6 +9,8 @@ it on, and its backward adds the gradients of both paths; where the input is its
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,6 +24,15 @@ KINDS = {
     "rms_norm_rounded_last": {"cast": "after_weight"},
 }
 """The ways of rounding, and where the weights are stored around zero."""
+
+
+def with_parameters(function: Callable, dimensions: dict[str, str]) -> None:
+    """Gives a function of **parameters the signature of a pattern with these tensors and the constant eps."""
+    Parameter = inspect.Parameter
+    function.__signature__ = inspect.Signature(
+        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=dims) for name, dims in dimensions.items()]
+        + [Parameter("eps", Parameter.KEYWORD_ONLY, annotation=float)]
+    )
 
 
 def _plain(name: str, kind: dict) -> Pattern:

@@ -6,13 +6,12 @@ layer, one from the residual stream) are added by the matrix products and the no
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 
 from ligerfx.kernels import rms_norm_linear, rms_norm_linear_reference
 from ligerfx.pattern import Inputs, Pattern, pattern
 
-from .norm import KINDS
+from .norm import KINDS, with_parameters
 
 
 def _norm_linear(layers: int, biased: bool, added: bool, norm: str, kind: dict) -> Pattern:
@@ -30,11 +29,7 @@ def _norm_linear(layers: int, biased: bool, added: bool, norm: str, kind: dict) 
     dimensions = {"x": "... H"} | ({"residual": "... H"} if added else {}) | {"norm_weight": "H"}
     dimensions |= {name: f"N{i} H" for i, name in enumerate(weights)}
     dimensions |= {name: f"N{i}" for i, name in enumerate(biases)}
-    Parameter = inspect.Parameter
-    norm_linear.__signature__ = inspect.Signature(
-        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=dims) for name, dims in dimensions.items()]
-        + [Parameter("eps", Parameter.KEYWORD_ONLY, annotation=float)]
-    )
+    with_parameters(norm_linear, dimensions)
     norm_linear.__name__ = f"{'add_' if added else ''}{norm}_linear_x{layers}"
     fixed = {"weights": Inputs(*weights)} | ({"biases": Inputs(*biases)} if biased else {}) | kind
     # The stream that goes on is an output where it is computed here, and otherwise the input again.

@@ -7,13 +7,12 @@ before it, and adds the gradients that meet at the norm and in the residual stre
 from __future__ import annotations
 
 import functools
-import inspect
 from functools import partial
 
 from ligerfx.kernels import rms_norm_mlp, rms_norm_mlp_reference
 from ligerfx.pattern import Pattern, pattern
 
-from .norm import KINDS
+from .norm import KINDS, with_parameters
 
 
 def _norm_mlp(activation: str, packed: bool, added: bool, norm: str, kind: dict, recompute: bool) -> Pattern:
@@ -28,11 +27,7 @@ def _norm_mlp(activation: str, packed: bool, added: bool, norm: str, kind: dict,
     dimensions = {"x": "... H"} | ({"residual": "... H"} if added else {}) | {"norm_weight": "H"}
     dimensions |= {"gate_weight": "2I H"} if packed else {"gate_weight": "I H", "up_weight": "I H"}
     dimensions |= {"weight": "N I"}
-    Parameter = inspect.Parameter
-    norm_mlp.__signature__ = inspect.Signature(
-        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=dims) for name, dims in dimensions.items()]
-        + [Parameter("eps", Parameter.KEYWORD_ONLY, annotation=float)]
-    )
+    with_parameters(norm_mlp, dimensions)
     norm_mlp.__name__ = f"{'add_' if added else ''}{norm}_{'packed_' if packed else ''}{activation}_glu_mlp"
     fixed = {"activation": activation, "recompute": recompute} | ({"up_weight": None} if packed else {}) | kind
     # The stream that goes on is an output where it is computed here, and otherwise the input again.

@@ -50,3 +50,27 @@ class BranchesOnValues(Norm):
 def almost() -> nn.Module:
     """One module for each of the near misses."""
     return nn.Sequential(EpsOutsideTheRoot(), MeanOverAnotherDim(), GateIsUsedTwice())
+
+
+def llama(x, w, eps):
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return w * h.to(x.dtype)
+
+
+def rounded_last(x, w, eps):
+    h = x.float()
+    return (w.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def gemma(x, w, eps):
+    h = x.float()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + w.float())).type_as(x)
+
+
+KINDS_OF_NORM = {
+    llama: ("rms_norm_rounded_first", {}),
+    rounded_last: ("rms_norm_rounded_last", {"cast": "after_weight"}),
+    gemma: ("rms_norm_one_plus_weight", {"cast": "after_weight", "offset": 1.0}),
+}
+"""Functions that compute RMSNorm of x, weight and eps -> the pattern, and what it fixes in the kernel."""

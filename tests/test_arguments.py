@@ -4,6 +4,7 @@ from collections import UserDict
 
 import pytest
 import torch
+from idioms import RMSNorm
 from torch import nn
 
 import ligerfx
@@ -13,21 +14,12 @@ pytestmark = pytest.mark.usefixtures("references")
 H = 8
 
 
-class Norm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(H))
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
 class Layer(nn.Module):
     """Calls `combine` of the class that is made of it with its norm's output, and what else it is given."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.linear = Norm(), nn.Linear(H, H)
+        self.norm, self.linear = RMSNorm(H), nn.Linear(H, H)
 
     def forward(self, x, other):
         return self.combine(self.linear(self.norm(x)), other)
@@ -40,7 +32,7 @@ def layer(combine):
 class Caller(nn.Module):
     def __init__(self, inner, call):
         super().__init__()
-        self.norm, self.inner, self.call = Norm(), inner, call
+        self.norm, self.inner, self.call = RMSNorm(H), inner, call
 
     def forward(self, x):
         return self.call(self.inner, self.norm(x))
@@ -142,7 +134,7 @@ def test_a_change_that_nobody_reads_is_the_callers_as_well():
     class Middle(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.inner = Norm(), layer(appends)
+            self.norm, self.inner = RMSNorm(H), layer(appends)
 
         def forward(self, x, items):
             return self.inner(self.norm(x), items)

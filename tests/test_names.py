@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from idioms import RMSNorm
 from torch import nn
 
 import ligerfx
@@ -50,19 +51,10 @@ def with_bias(bias):
 add_bias, change_bias = with_bias(0.5)
 
 
-class Norm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(H))
-
-    def forward(self, x):
-        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
 class Base(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.linear = Norm(), nn.Linear(H, H)
+        self.norm, self.linear = RMSNorm(H), nn.Linear(H, H)
 
     def forward(self, x):
         return self.combine(self.norm(x))
@@ -180,7 +172,7 @@ def test_the_names_of_a_module_that_was_dissolved_into_its_caller(monkeypatch):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.mlp = Norm(), Gated()
+            self.norm, self.mlp = RMSNorm(H), Gated()
 
         def forward(self, x):
             return x + self.mlp(self.norm(x))
@@ -270,7 +262,7 @@ class TwoNames(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.linear = Norm(), nn.Linear(H, H)
+        self.norm, self.linear = RMSNorm(H), nn.Linear(H, H)
         object.__setattr__(self, "hidden", self.linear)
         self.w = self.norm.weight
 
@@ -310,7 +302,7 @@ def test_an_attribute_that_is_a_module_further_out():
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.inner, self.scale = Norm(), Inner(), 2.0
+            self.norm, self.inner, self.scale = RMSNorm(H), Inner(), 2.0
             self.inner.weight = nn.Parameter(torch.ones(H))
             object.__setattr__(self.inner, "outer", self)
 

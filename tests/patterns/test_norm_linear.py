@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from idioms import KINDS_OF_NORM as KINDS
+from idioms import llama
 from test_equivalence import run
 from torch import nn
 from torch.fx import Node
@@ -11,22 +13,6 @@ import ligerfx
 from models import batch, make
 
 H = 8
-
-
-def llama(x, w, eps):
-    h = x.float()
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return w * h.to(x.dtype)
-
-
-def rounded_last(x, w, eps):
-    h = x.float()
-    return (w.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
-
-
-def gemma(x, w, eps):
-    h = x.float()
-    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + w.float())).type_as(x)
 
 
 class Block(nn.Module):
@@ -84,13 +70,6 @@ def test_number_of_layers(assert_same, calls, names, bias, is_added):
     assert options.pop("biases", ()) == (tuple(f"{n}.bias" for n in names) if bias else ())
     assert {x, options.pop("residual", None)} == ({"arg0", "arg1"} if is_added else {"arg0", None})
     assert options == {"eps": 1e-5}
-
-
-KINDS = {
-    llama: ("rms_norm_rounded_first", {}),
-    rounded_last: ("rms_norm_rounded_last", {"cast": "after_weight"}),
-    gemma: ("rms_norm_one_plus_weight", {"cast": "after_weight", "offset": 1.0}),
-}
 
 
 @pytest.mark.parametrize("is_added", [False, True], ids=["", "added"])

@@ -3,33 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from idioms import KINDS_OF_NORM as KINDS
+from idioms import llama
 from torch import nn
 
 import ligerfx
 
 H, I = 16, 24  # noqa: E741
-
-
-def llama(x, w, eps):
-    h = x.float()
-    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rounded_last(x, w, eps):
-    h = x.float()
-    return (w.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
-
-
-def gemma(x, w, eps):
-    h = x.float()
-    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * (1.0 + w.float())).type_as(x)
-
-
-KINDS = {
-    llama: ("rms_norm_rounded_first", {}),
-    rounded_last: ("rms_norm_rounded_last", {"cast": "after_weight"}),
-    gemma: ("rms_norm_one_plus_weight", {"cast": "after_weight", "offset": 1.0}),
-}
 
 
 def inputs(count=1, dtype=torch.float32):

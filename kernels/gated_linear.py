@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import _hopper
+from . import _hopper, _hopper_glu
 from ._activations import Activation, key_of
 from ._linear import check_linear, is_plain_linear, no_autocast
 from ._operators import operator
@@ -90,7 +90,7 @@ def _gradients(dy, weight, gate, up, activation, need_gate, need_up, need_z):
         if _hopper.takes(dy, parts[0].shape[1], [weight], parts):
             results = _gradients_results(dy, weight, gate, up, activation, need_gate, need_up, False)
             written = [as_rows(part) for part in halves(results[0], results[1] if need_up else None)]
-            if _hopper.product_gradients(dy, weight, *parts, *written, activation):
+            if _hopper_glu.product_gradients(dy, weight, *parts, *written, activation):
                 if need_z:
                     results.append(glu_forward(gate, up, activation).view(dy.shape[0], -1))
                 return results

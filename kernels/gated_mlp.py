@@ -1,14 +1,14 @@
 """The whole of a gated MLP: gate and up projection, gated unit, down projection.
 
 The unit is the end of the first two products, and its gradient that of the last one's, where there are kernels for
-that (see _hopper.py). What x's gradient gets from gate and from up is added by the second product.
+that (see _hopper_glu.py). What x's gradient gets from gate and from up is added by the second product.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import _hopper
+from . import _hopper, _hopper_glu
 from ._activations import Activation, key_of
 from ._linear import check_linear, is_plain_linear, no_autocast, sum_of_products
 from ._operators import operator
@@ -95,7 +95,7 @@ def projected_glu(
     if _hopper.takes(rows, weights[0].shape[0], weights, []):
         results = _projected_results(rows, gate_weight, up_weight, activation)
         written = [as_rows(part) for part in halves(results[0], None if up_weight is None else results[1])]
-        if _hopper.gated_product(rows, *weights, *written, results[-1], activation):
+        if _hopper_glu.gated_product(rows, *weights, *written, results[-1], activation):
             return results
     products = [F.linear(rows, w) for w in (gate_weight, up_weight) if w is not None]
     return [*products, glu_forward(products[0], None if up_weight is None else products[1], activation)]

@@ -1,0 +1,206 @@
+"""Matrix products that end in a gated unit or in its gradient, on H100 and H200: see _hopper.py."""
+
+import torch
+
+from . import _hopper
+from ._activations import in_triton
+from ._hopper import DEPTH, HALF, HAS_GLUON, PANEL, ROWS
+
+if HAS_GLUON:
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+    from ._hopper import (
+        SLAB,
+        SLAB_LAYOUT,
+        SLABS,
+        corner,
+        count_tiles,
+        gl,
+        gluon,
+        load_slab,
+        multiply,
+        shared_memory,
+        slabs_of,
+        stage_to_fill,
+        store_slab,
+    )
+
+    @gluon.jit
+    def _load_gradients(dy_d, weight_d, a_s, b_s, loaded, free, sizes):
+        n_rows, n_cols, depth = sizes
+        step = 0
+        for tile in range(gl.program_id(0), count_tiles(n_rows, n_cols, 2 * HALF), gl.num_programs(0)):
+            row, col = corner(tile, n_rows, n_cols, 2 * HALF)
+            for k in range(0, depth, DEPTH):
+                stage, barrier = stage_to_fill(step, loaded, free, 3 * dy_d.block_type.nbytes)
+                tma.async_copy_global_to_shared(dy_d, [row, k], barrier, a_s.index(stage))
+                tma.async_copy_global_to_shared(weight_d, [k, col], barrier, b_s.index(stage))
+                step += 1
+
+    @gluon.jit
+    def _finish_gradients(panels, full, empty, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+        gate_ptr, up_ptr, dgate_ptr, dup_ptr = pointers
+        gate_stride, up_stride, dgate_stride, dup_stride = strides
+        n_rows, n_cols, depth = sizes
+        dtype: gl.constexpr = panels.dtype
+        slabs = slabs_of(panels)
+        turn = 0
+        for tile in range(gl.program_id(0), count_tiles(n_rows, n_cols, 2 * HALF), gl.num_programs(0)):
+            top, left = corner(tile, n_rows, n_cols, 2 * HALF)
+            row, col = top, left
+            gate = load_slab(gate_ptr, gate_stride, row, col, n_rows, n_cols)
+            up = load_slab(up_ptr, up_stride, row, col, n_rows, n_cols)
+            for i in range(4 * SLABS):
+                # The next slab's are under way while this one is computed.
+                next_row = top + (i + 1) % SLABS * SLAB
+                next_col = left + (i + 1) // SLABS * PANEL
+                end = gl.where(i + 1 < 4 * SLABS, n_cols, 0)
+                next_gate = load_slab(gate_ptr, gate_stride, next_row, next_col, n_rows, end)
+                next_up = load_slab(up_ptr, up_stride, next_row, next_col, n_rows, end)
+                half = i // (2 * SLABS)
+                mbarrier.wait(full.index(half), turn & 1, pred=i % (2 * SLABS) == 0)
+                dz = slabs.index(i).load(SLAB_LAYOUT).to(gl.float32)
+                mbarrier.arrive(empty.index(half), pred=(i + 1) % (2 * SLABS) == 0)
+                value, slope = ACTIVATE(gate.to(gl.float32))
+                dup = (dz * value).to(dtype)
+                dgate = (dz * up.to(gl.float32) * slope).to(dtype)
+                store_slab(dup_ptr, dup_stride, row, col, n_rows, n_cols, dup)
+                store_slab(dgate_ptr, dgate_stride, row, col, n_rows, n_cols, dgate)
+                row, col, gate, up = next_row, next_col, next_gate, next_up
+            turn += 1
+
+    @gluon.jit
+    def _product_gradients_kernel(dy_d, weight_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+        a_s, b_s, panels, loaded, free, full, empty = shared_memory(dy_d, DEPTH, 2 * HALF)
+        n_rows, n_cols, depth = sizes
+        tiles = count_tiles(n_rows, n_cols, 2 * HALF)
+        steps = gl.cdiv(depth, DEPTH)
+        gl.warp_specialize(
+            [
+                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, True)),
+                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, True)),
+                (_finish_gradients, (panels, full, empty, pointers, strides, sizes, ACTIVATE)),
+                (_load_gradients, (dy_d, weight_d, a_s, b_s, loaded, free, sizes)),
+            ],
+            [4, 4, 1],
+            [160, 168, 24],  # registers a thread; what is left of 512 for four warps of each is the first group's
+        )
+
+    @gluon.jit
+    def _load_units(x_d, gate_d, up_d, a_s, b_s, loaded, free, sizes):
+        n_rows, n_cols, depth = sizes
+        step = 0
+        for tile in range(gl.program_id(0), count_tiles(n_rows, n_cols, HALF), gl.num_programs(0)):
+            row, col = corner(tile, n_rows, n_cols, HALF)
+            for k in range(0, depth, DEPTH):
+                stage, barrier = stage_to_fill(step, loaded, free, x_d.block_type.nbytes + 4 * gate_d.block_type.nbytes)
+                tma.async_copy_global_to_shared(x_d, [row, k], barrier, a_s.index(stage))
+                # Each multiplying group has 64 columns of gate, and beside them the same 64 of up.
+                for half in gl.static_range(2):
+                    at = [col + half * PANEL, k]
+                    b = b_s.index(stage).slice(half * HALF, HALF)
+                    tma.async_copy_global_to_shared(gate_d, at, barrier, b.slice(0, PANEL))
+                    tma.async_copy_global_to_shared(up_d, at, barrier, b.slice(PANEL, PANEL))
+                step += 1
+
+    @gluon.jit
+    def _finish_units(panels, full, empty, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+        gate_ptr, up_ptr, z_ptr = pointers
+        gate_stride, up_stride, z_stride = strides
+        n_rows, n_cols, depth = sizes
+        dtype: gl.constexpr = panels.dtype
+        slabs = slabs_of(panels)
+        turn = 0
+        for tile in range(gl.program_id(0), count_tiles(n_rows, n_cols, HALF), gl.num_programs(0)):
+            top, left = corner(tile, n_rows, n_cols, HALF)
+            for i in range(2 * SLABS):
+                half, at = i // SLABS, i % SLABS
+                row, col = top + at * SLAB, left + half * PANEL
+                mbarrier.wait(full.index(half), turn & 1, pred=at == 0)
+                gate = slabs.index(2 * half * SLABS + at).load(SLAB_LAYOUT)
+                up = slabs.index((2 * half + 1) * SLABS + at).load(SLAB_LAYOUT)
+                mbarrier.arrive(empty.index(half), pred=at == SLABS - 1)
+                value, _ = ACTIVATE(gate.to(gl.float32))
+                z = (value * up.to(gl.float32)).to(dtype)
+                store_slab(gate_ptr, gate_stride, row, col, n_rows, n_cols, gate)
+                store_slab(up_ptr, up_stride, row, col, n_rows, n_cols, up)
+                store_slab(z_ptr, z_stride, row, col, n_rows, n_cols, z)
+            turn += 1
+
+    @gluon.jit
+    def _gated_product_kernel(x_d, gate_d, up_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+        a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
+        n_rows, n_cols, depth = sizes
+        tiles = count_tiles(n_rows, n_cols, HALF)
+        steps = gl.cdiv(depth, DEPTH)
+        gl.warp_specialize(
+            [
+                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
+                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
+                (_finish_units, (panels, full, empty, pointers, strides, sizes, ACTIVATE)),
+                (_load_units, (x_d, gate_d, up_d, a_s, b_s, loaded, free, sizes)),
+            ],
+            [4, 4, 1],
+            [160, 168, 24],
+        )
+
+
+def gated_product(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    z: torch.Tensor,
+    activation: str,
+) -> bool:
+    """gate = x @ gate_weight.T, up = x @ up_weight.T, z = act(gate) * up.
+
+    Args:
+        x, gate_weight, up_weight: [M, K], [I, K] and [I, K], as `takes` wants them.
+        gate, up, z: [M, I], to be written; rows one stride apart.
+        activation: as `in_triton` takes it.
+
+    Returns:
+        As `launch` does.
+    """
+    panel = [PANEL.value, DEPTH.value]
+    factors = [(x, [ROWS.value, DEPTH.value]), (gate_weight, panel), (up_weight, panel)]
+    tensors, n_cols = (gate, up, z), gate.shape[1]
+    arguments = tensors, tuple(t.stride(0) for t in tensors), (*gate.shape, x.shape[1]), in_triton(activation)
+    return _hopper.launch(_gated_product_kernel, factors, n_cols, HALF.value, *arguments)
+
+
+def product_gradients(
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dgate: torch.Tensor,
+    dup: torch.Tensor,
+    activation: str,
+) -> bool:
+    """With dz = dy @ weight: dgate = dz * up * act'(gate) and dup = dz * act(gate).
+
+    Args:
+        dy, weight: [M, K] and [K, I], as `takes` wants them.
+        gate, up: [M, I]; rows one stride apart.
+        dgate, dup: [M, I], to be written; rows one stride apart.
+        activation: as `in_triton` takes it.
+
+    Returns:
+        As `launch` does.
+    """
+    factors = [(dy, [ROWS.value, DEPTH.value]), (weight, [DEPTH.value, 2 * HALF.value])]
+    tensors, sizes = (gate, up, dgate, dup), (*gate.shape, dy.shape[1])
+    strides = tuple(t.stride(0) for t in tensors)
+    return _hopper.launch(
+        _product_gradients_kernel,
+        factors,
+        gate.shape[1],
+        2 * HALF.value,
+        tensors,
+        strides,
+        sizes,
+        in_triton(activation),
+    )

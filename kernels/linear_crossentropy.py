@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from . import _unnormalised
 from ._operators import operator
 from ._runtime import PLAIN, autocast_dtype, launch_device, tl, triton, use_triton
 from ._weight_grad import WeightGrad, scale_to
@@ -202,6 +203,8 @@ def _loss_and_grads(
         wide = x.dtype == torch.float16 or (chunk < n_rows and options["accumulate_in"] == torch.float32)
         if need_w:
             dw = WeightGrad(weight, wide)
+        fused = need_grad and not need_b and _unnormalised.takes(x[:chunk], weight, bias, options["loss"])
+        hot = torch.zeros(n_rows, dtype=torch.float32, device=x.device) if fused else None
         buffer = torch.empty(chunk, row_stride, dtype=x.dtype, device=x.device)
         for start in range(0, n_rows, chunk):
             part = slice(start, start + chunk)
@@ -210,6 +213,11 @@ def _loss_and_grads(
             else:
                 x_chunk, target_chunk = x.index_select(0, kept[part]), target.index_select(0, kept[part])
             logits = buffer[: x_chunk.shape[0], :vocab]
+            if fused and _unnormalised.add_chunk(
+                x_chunk, weight, target_chunk, logits, losses[part], hot[part], factor, options["loss"],
+                dx if kept is not None or dx is None else dx[part], None if kept is None else kept[part], dw,
+            ):  # fmt: skip
+                continue
             if bias is None:
                 torch.mm(x_chunk, weight.t(), out=logits)
             else:
@@ -223,6 +231,8 @@ def _loss_and_grads(
                 dw.add(logits.t(), x_chunk)
             if need_b:
                 db += logits.sum(0, dtype=torch.float32)
+        if fused and need_w:
+            _unnormalised.add_labels(dw, x, target if kept is None else target.index_select(0, kept), hot, kept)
     elif need_w:
         dw = WeightGrad(weight, wide=False)
     loss = losses.sum()

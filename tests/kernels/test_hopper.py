@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ligerfx.kernels import (
     _hopper,
+    _hopper_glu,
     gated_linear,
     gated_mlp,
     glu_linear,
@@ -54,13 +55,13 @@ def _gradients(function, inputs, dy):
 def fused(monkeypatch):
     """Which kernels ran."""
     names = []
-    launch = _hopper._launch
+    launch = _hopper.launch
 
     def noted(kernel, *args):
         names.append(kernel.__name__)
         return launch(kernel, *args)
 
-    monkeypatch.setattr(_hopper, "_launch", noted)
+    monkeypatch.setattr(_hopper, "launch", noted)
     return names
 
 
@@ -145,8 +146,8 @@ def test_a_failure_goes_the_ordinary_way(monkeypatch):
     inputs = _inputs(WHOLE, torch.bfloat16, False, True)
     dy = torch.randn(WHOLE[0], WHOLE[2], device="cuda").bfloat16()
     expected = _gradients(glu_mlp, inputs, dy)
-    monkeypatch.setattr(_hopper, "_gated_product_kernel", {})  # a KeyError at its launch
-    with pytest.warns(UserWarning, match="not fused into matrix products"):
+    monkeypatch.setattr(_hopper_glu, "_gated_product_kernel", {})  # a KeyError at its launch
+    with pytest.warns(UserWarning, match="nothing is fused into matrix products"):
         got = _gradients(glu_mlp, inputs, dy)
     again = _gradients(glu_mlp, inputs, dy)  # without a further warning
     for a, b, c in zip(got, again, expected, strict=True):
@@ -175,8 +176,8 @@ def _product_gradients(dy, weight, gate, up, dgate, dup, activation):
 def test_what_is_computed_around_the_kernels(device, assert_matches, monkeypatch, whole_mlp, recompute, packed):
     """With plain PyTorch in the place of both: everything has its memory, and nothing is computed in vain."""
     monkeypatch.setattr(_hopper, "takes", lambda *_: True)
-    monkeypatch.setattr(_hopper, "gated_product", _gated_product)
-    monkeypatch.setattr(_hopper, "product_gradients", _product_gradients)
+    monkeypatch.setattr(_hopper_glu, "gated_product", _gated_product)
+    monkeypatch.setattr(_hopper_glu, "product_gradients", _product_gradients)
     again = []
     for module in (gated_linear, gated_mlp):
         monkeypatch.setattr(module, "glu_forward", lambda *args: again.append(1) or glu_forward(*args))
@@ -200,34 +201,42 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from ligerfx.kernels import _hopper
+from ligerfx.kernels import _hopper_glu, _hopper_loss
 from ligerfx.kernels._activations import in_triton
 
 def descriptor(rows, columns):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
+constants = {"ACTIVATE": in_triton("silu")}
 if sys.argv[1] == "gradients":
-    kernel, n = _hopper._product_gradients_kernel, 4
+    kernel, n = _hopper_glu._product_gradients_kernel, 4
     factors = {"dy_d": descriptor(128, 64), "weight_d": descriptor(64, 256)}
-else:
-    kernel, n = _hopper._gated_product_kernel, 3
+elif sys.argv[1] == "units":
+    kernel, n = _hopper_glu._gated_product_kernel, 3
     factors = {"x_d": descriptor(128, 64), "gate_d": descriptor(64, 64), "up_d": descriptor(64, 64)}
-rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n, "sizes": ("i32",) * 3, "ACTIVATE": "constexpr"}
-source = GluonASTSource(kernel, factors | rest, {"ACTIVATE": in_triton("silu")})
+if sys.argv[1] == "exponentials":
+    kernel, constants = _hopper_loss._exponentials_kernel, {}
+    factors = {"x_d": descriptor(128, 64), "weight_d": descriptor(256, 64)}
+    rest = {"pointers": ("*fp32", "*i32", "*bf16", "*fp32", "*fp32", "*fp32"), "needed_ptr": "*i32"}
+    rest |= {"stride": "i32", "scale": "fp32", "sizes": ("i32",) * 3}
+else:
+    rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n, "sizes": ("i32",) * 3, "ACTIVATE": "constexpr"}
+source = GluonASTSource(kernel, factors | rest, constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 ptx = compiled.asm["ptx"]
 print(ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), compiled.metadata.shared)
 """
 
 
-@pytest.mark.parametrize("kernel", ["gradients", "units"])
-def test_compiles_without_a_gpu(kernel):
+# Two groups multiply 128 x 128 x 64 each, in 8 steps, in two places; a copy for each factor, or panel of one.
+@pytest.mark.parametrize(("kernel", "copies"), [("gradients", 5), ("units", 5), ("exponentials", 2)])
+def test_compiles_without_a_gpu(kernel, copies):
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-P", "-c", COMPILE, kernel]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    products, copies, shared = map(int, result.stdout.split()[-3:])
-    assert (products, copies) == (16, 5)  # two groups of 128 x 128 x 64; a copy a factor, or a panel of it
+    *found, shared = map(int, result.stdout.split()[-3:])
+    assert found == [16, copies]
     assert shared <= 227 * 1024

@@ -1,0 +1,137 @@
+"""The product of a linear layer that ends in exponentials of its logits, on H100 and H200: see _hopper.py."""
+
+import torch
+
+from . import _hopper
+from ._hopper import DEPTH, HALF, HAS_GLUON, ROWS
+from .crossentropy import LOG2_E
+
+if HAS_GLUON:
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+    from ._hopper import (
+        PANEL,
+        SLAB,
+        SLAB_LAYOUT,
+        SLABS,
+        corner,
+        count_tiles,
+        gl,
+        gluon,
+        multiply,
+        shared_memory,
+        slab_at,
+        slabs_of,
+        stage_to_fill,
+        store_slab,
+    )
+
+    @gluon.jit
+    def _load_factors(x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes):
+        n_rows, n_cols, depth = sizes
+        step = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            row, col = corner(tile, n_rows, n_cols, 2 * HALF)
+            for k in range(0, depth, DEPTH):
+                stage, barrier = stage_to_fill(step, loaded, free, x_d.block_type.nbytes + weight_d.block_type.nbytes)
+                tma.async_copy_global_to_shared(x_d, [row, k], barrier, a_s.index(stage))
+                tma.async_copy_global_to_shared(weight_d, [col, k], barrier, b_s.index(stage))
+                step += 1
+
+    @gluon.jit
+    def _load_rows(pointer, row, n_rows):
+        """One number of each row of a slab, -1 beyond the last row."""
+        rows = row + gl.arange(0, SLAB, gl.SliceLayout(1, SLAB_LAYOUT))
+        return gl.load(pointer + rows, mask=rows < n_rows, other=-1)
+
+    @gluon.jit
+    def _finish_exponentials(panels, full, empty, pointers, stride, scale, tiles, sizes):
+        shift_ptr, label_ptr, result_ptr, exponent_ptr, sum_ptr, top_ptr = pointers
+        n_rows, n_cols, depth = sizes
+        slabs = slabs_of(panels)
+        turn = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            top, left = corner(tile, n_rows, n_cols, 2 * HALF)
+            for i in range(2 * SLABS):
+                half, at = i // SLABS, i % SLABS
+                row, col = top + at * SLAB, left + half * HALF
+                shift = _load_rows(shift_ptr, row, n_rows)
+                label = _load_rows(label_ptr, row, n_rows)
+                total = gl.full([SLAB], 0.0, gl.float32, gl.SliceLayout(1, SLAB_LAYOUT))
+                largest = gl.full([SLAB], float("-inf"), gl.float32, gl.SliceLayout(1, SLAB_LAYOUT))
+                mbarrier.wait(full.index(half), turn & 1, pred=at == 0)
+                for panel in gl.static_range(2):
+                    rows, cols, mask = slab_at(row, col + panel * PANEL, n_rows, n_cols)
+                    logits = slabs.index((2 * half + panel) * SLABS + at).load(SLAB_LAYOUT)
+                    if panel == 1:
+                        mbarrier.arrive(empty.index(half), pred=at == SLABS - 1)
+                    z = gl.where(mask, logits.to(gl.float32) * scale, float("-inf"))
+                    exponent = z - shift[:, None]
+                    value = gl.exp2(exponent)
+                    total += gl.sum(value, axis=1)
+                    largest = gl.maximum(largest, gl.max(z, axis=1))
+                    is_label = cols == label[:, None] - (col + panel * PANEL)
+                    gl.store(exponent_ptr + row + (rows + 0 * cols), exponent, mask=is_label & mask)
+                    value = gl.where(is_label, 0.0, value).to(panels.dtype)
+                    store_slab(result_ptr, stride, row, col + panel * PANEL, n_rows, n_cols, value)
+                rows = row + gl.arange(0, SLAB, gl.SliceLayout(1, SLAB_LAYOUT))
+                stats = (col // HALF).to(gl.int64) * n_rows + rows
+                inside = (rows < n_rows) & (col < n_cols)
+                gl.store(sum_ptr + stats, total, mask=inside)
+                gl.store(top_ptr + stats, largest, mask=inside)
+            turn += 1
+
+    @gluon.jit
+    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, sizes):
+        n_rows, n_cols, depth = sizes
+        tiles = gl.where(gl.load(needed_ptr) != 0, count_tiles(n_rows, n_cols, 2 * HALF), 0)
+        steps = gl.cdiv(depth, DEPTH)
+        a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
+        gl.warp_specialize(
+            [
+                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
+                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
+                (_finish_exponentials, (panels, full, empty, pointers, stride, scale, tiles, sizes)),
+                (_load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes)),
+            ],
+            [4, 4, 1],
+            [160, 168, 24],
+        )
+
+
+COLUMNS = 128
+"""How many columns of the result share a sum and a maximum."""
+
+
+def exponentials(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: float,
+    shift: torch.Tensor,
+    label: torch.Tensor,
+    needed: torch.Tensor,
+    result: torch.Tensor,
+    exponent: torch.Tensor,
+    sums: torch.Tensor,
+    tops: torch.Tensor,
+) -> bool:
+    """With z = log2(e) * scale * (x @ weight.T), rounded before it is scaled: result = 2**(z - shift), 0 at the label.
+
+    Args:
+        x, weight: [M, K] and [V, K], as `takes` wants them.
+        shift, label: [M], float32 and int32. No label: one that is no column, such as -1.
+        needed: int32 scalar; 0: nothing is to be done.
+        result: [M, V], to be written; rows one stride apart.
+        exponent: [M], float32, to be written: z - shift at the label, of the rows that have one.
+        sums, tops: [V / COLUMNS, M], rounded up, float32, to be written: of 2**(z - shift), the label's included, the
+            sum over the columns, and the largest z.
+
+    Returns:
+        As `launch` does.
+    """
+    factors = [(x, [ROWS.value, DEPTH.value]), (weight, [2 * HALF.value, DEPTH.value])]
+    pointers = (shift, label, result, exponent, sums, tops)
+    return _hopper.launch(
+        _exponentials_kernel, factors, weight.shape[0], 2 * HALF.value,
+        pointers, needed, result.stride(0), scale * LOG2_E.value, (*result.shape, x.shape[1]),
+    )  # fmt: skip

@@ -1,0 +1,235 @@
+"""The loss of a linear layer's output and its gradients, from exponentials that are never divided by their sum.
+
+Softmax divides by a sum over the vocabulary, which is known only after the last logit. So one kernel writes logits, a
+second reads them, and writes their gradient over them. Here the product itself ends in e = 2**(z - shift), z being the
+logit in units of log(2), with a shift for each row that is known before; and it is x, and the gradient of x, that are
+divided, which are far narrower. But for the labels' own part, and with a = slope / sum(e) of each row,
+
+    dx = a * (e @ weight)        dweight = e.T @ (a * x)
+
+The shift is the label's z, from a product of two vectors: so sum(e) is at least about 1, its logarithm is the loss, and
+it is too large only where the loss is above 69. Such a row is shifted by its largest z instead, and the product done
+again, which the host need not know.
+
+At the label e is zero: its gradient, softmax - 1, would lose its digits there. `dx` and `dweight` get it in float32.
+"""
+
+import torch
+
+from . import _hopper, _hopper_loss
+from ._runtime import jit, launch_device, tl, triton
+from ._weight_grad import WeightGrad
+from .crossentropy import LOG_2, to_z
+
+LARGEST = tl.constexpr(2.0**100)
+"""sum(e) above which the product is done again. bfloat16 goes on to 2**127: products of e must not overflow either."""
+
+
+@jit
+def _shift_kernel(
+    x_ptr, w_ptr, target_ptr, shift_ptr, label_ptr, x_stride, w_stride, V, H, ignore_index, scale, BLOCK: tl.constexpr
+):
+    """label is the target where it counts and is inside the vocabulary, else -1, with a shift that makes e zero."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    has_label = (target >= 0) & (target < V) & (target != ignore_index)
+    w_ptr += tl.where(has_label, target, 0) * w_stride
+    dots = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, H, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * x_stride + cols, mask=cols < H, other=0.0).to(tl.float32)
+        dots += x * tl.load(w_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
+    z = to_z(tl.sum(dots, axis=0), scale, None)
+    tl.store(shift_ptr + row, tl.where(has_label, z, float("inf")))
+    tl.store(label_ptr + row, tl.where(has_label, target, -1).to(tl.int32))
+
+
+@jit
+def _row_kernel(
+    x_ptr, target_ptr, label_ptr, shift_ptr, exponent_ptr, sums_ptr, tops_ptr, factor_ptr, needed_ptr, again_ptr,
+    loss_ptr, a_ptr, hot_ptr, scaled_ptr, x_stride, n_rows, n_sums, H, ignore_index, scale, z_loss,
+    HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each row's loss, a, and `hot`, the gradient of its label's logit; scaled = a * x. Sets shift and `again` of rows
+    that overflowed."""
+    if tl.load(needed_ptr) != 0:
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        mask = rows < n_rows
+        sums = tl.zeros([SUMS, ROWS], tl.float32)
+        tops = tl.full([SUMS, ROWS], float("-inf"), tl.float32)
+        for start in range(0, n_sums, SUMS):
+            parts = start + tl.arange(0, SUMS)
+            offsets = parts.to(tl.int64)[:, None] * n_rows + rows[None, :]
+            inside = (parts < n_sums)[:, None] & mask[None, :]
+            sums += tl.load(sums_ptr + offsets, mask=inside, other=0.0)
+            tops = tl.maximum(tops, tl.load(tops_ptr + offsets, mask=inside, other=float("-inf")))
+        has_label = tl.load(label_ptr + rows, mask=mask, other=-1) >= 0
+        total = tl.where(has_label, tl.sum(sums, axis=0), 1.0)
+        shift = tl.load(shift_ptr + rows, mask=mask, other=0.0)
+        overflow = total > LARGEST
+        tl.store(shift_ptr + rows, tl.max(tops, axis=0), mask=overflow)
+        tl.store(again_ptr + rows * 0, 1, mask=overflow)
+
+        # Without a label, but not ignored: outside the vocabulary, and NaN.
+        exponent = tl.load(exponent_ptr + rows, mask=has_label, other=float("nan"))
+        loss = (tl.log2(total) - exponent) * LOG_2
+        lse = (tl.log2(total) + shift) * LOG_2
+        factor = scale
+        if HAS_FACTOR:
+            factor *= tl.load(factor_ptr)
+        slope = factor * (1.0 + 2.0 * z_loss * lse)
+        counts = tl.load(target_ptr + rows, mask=mask, other=ignore_index) != ignore_index
+        a = tl.where(counts, slope / total, 0.0)
+        hot = tl.where(counts, slope * (tl.exp2(exponent) / total) - factor, 0.0)
+        tl.store(loss_ptr + rows, tl.where(counts, loss + z_loss * lse * lse, 0.0), mask=mask)
+        tl.store(a_ptr + rows, a, mask=mask)
+        tl.store(hot_ptr + rows, hot, mask=mask)
+        if scaled_ptr is not None:
+            for start in range(0, H, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                inside = mask[:, None] & (cols < H)[None, :]
+                x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=inside, other=0.0)
+                scaled = (x.to(tl.float32) * a[:, None]).to(scaled_ptr.dtype.element_ty)
+                tl.store(scaled_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], scaled, mask=inside)
+
+
+@jit
+def _dx_kernel(product_ptr, a_ptr, hot_ptr, label_ptr, w_ptr, to_ptr, dx_ptr, w_stride, H, BLOCK: tl.constexpr):
+    """dx = a * product + hot * weight[label]; to_ptr: which row of dx, or None for the same."""
+    row = tl.program_id(0).to(tl.int64)
+    a, hot, label = tl.load(a_ptr + row), tl.load(hot_ptr + row), tl.load(label_ptr + row).to(tl.int64)
+    to = row
+    if to_ptr is not None:
+        to = tl.load(to_ptr + row)
+    for start in range(0, H, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < H
+        w = tl.load(w_ptr + label * w_stride + cols, mask=mask & (label >= 0), other=0.0).to(tl.float32)
+        dx = a * tl.load(product_ptr + row * H + cols, mask=mask, other=0.0) + hot * w
+        tl.store(dx_ptr + to * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _add_labels_kernel(
+    outside_ptr, inside_ptr, x_ptr, hot_ptr, label_ptr, order_ptr, from_ptr, x_stride, n_outside, V, n_rows, H,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds hot * x of the rows that have a label to its row of the sum, which is in two parts, in their order.
+
+    Labels are sorted. Where a new one begins, a program adds all rows that have it.
+    """
+    start = tl.program_id(0)
+    label = tl.load(label_ptr + start)
+    before = tl.load(label_ptr + start - 1, mask=start > 0, other=-1)
+    if (label >= 0) & (label < V) & (label != before):
+        cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        sum_ptr = tl.where(label < n_outside, outside_ptr + label * H, inside_ptr + (label - n_outside) * H) + cols
+        total = tl.load(sum_ptr, mask=cols < H, other=0.0).to(tl.float32)
+        row = tl.load(order_ptr + start)
+        hot = tl.load(hot_ptr + row)
+        if from_ptr is not None:
+            row = tl.load(from_ptr + row)
+        total += hot * tl.load(x_ptr + row * x_stride + cols, mask=cols < H, other=0.0).to(tl.float32)
+        start += 1
+        while tl.load(label_ptr + start, mask=start < n_rows, other=-1) == label:
+            at = start + tl.arange(0, ROWS)
+            same = tl.load(label_ptr + at, mask=at < n_rows, other=-1) == label
+            rows = tl.load(order_ptr + at, mask=same, other=0)
+            hots = tl.load(hot_ptr + rows, mask=same, other=0.0)
+            if from_ptr is not None:
+                rows = tl.load(from_ptr + rows, mask=same, other=0)
+            mask = same[:, None] & (cols < H)[None, :]
+            x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(hots[:, None] * x, axis=0)
+            start += ROWS
+        tl.store(sum_ptr, total.to(outside_ptr.dtype.element_ty), mask=cols < H)
+
+
+def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: tuple) -> bool:
+    """Whether `add_chunk` can take rows [M, H], as many as a chunk has, with these options of the loss.
+
+    float16 does not reach far enough for e.
+    """
+    _, _, _, softcap, smoothing = options
+    plain = bias is None and softcap is None and smoothing == 0
+    return plain and x.dtype == torch.bfloat16 and _hopper.takes(x, weight.shape[0], [weight], [])
+
+
+def add_chunk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    buffer: torch.Tensor,
+    losses: torch.Tensor,
+    hot: torch.Tensor,
+    factor: torch.Tensor | None,
+    options: tuple,
+    dx: torch.Tensor | None,
+    to: torch.Tensor | None,
+    dw: WeightGrad | None,
+) -> bool:
+    """Losses and gradients of a chunk of rows; only the labels' part of dw is left, to `add_labels`.
+
+    Args:
+        x, weight, target: [M, H], [V, H], [M], of which nothing but the target may be anything.
+        buffer: [M, V] of x's dtype, to be written.
+        losses, hot: [M], float32, to be written: the loss of each row, and the gradient of its label's logit.
+        factor: of all gradients, a float32 scalar; None: 1.
+        options: as `linear_cross_entropy` hands them on.
+        dx, to: gradient of x, to be written, in rows `to` (None: the first M); None if not wanted.
+        dw: to be added to; None if not wanted.
+
+    Returns:
+        False if a kernel failed: then nothing of value is written.
+    """
+    ignore_index, scale, z_loss, _, _ = options
+    (n_rows, hidden), vocab = x.shape, weight.shape[0]
+    n_sums = triton.cdiv(vocab, _hopper_loss.COLUMNS)
+    shift, exponent, a = torch.empty(3, n_rows, dtype=torch.float32, device=x.device)
+    sums, tops = torch.empty(2, n_sums, n_rows, dtype=torch.float32, device=x.device)
+    label = torch.empty(n_rows, dtype=torch.int32, device=x.device)
+    scaled = None if dw is None else torch.empty(n_rows, hidden, dtype=x.dtype, device=x.device)
+    # Whether the product is needed: once, and again. Rows of 16 bytes, as all that kernels are compiled for.
+    needed = torch.zeros(3, 4, dtype=torch.int32, device=x.device)
+    needed[0].fill_(1)
+    with launch_device(x):
+        _shift_kernel[(n_rows,)](
+            x, weight, target, shift, label, x.stride(0), weight.stride(0), vocab, hidden, ignore_index, scale,
+            512, num_warps=4,
+        )  # fmt: skip
+        for turn in range(2):
+            if not _hopper_loss.exponentials(
+                x, weight, scale, shift, label, needed[turn], buffer, exponent, sums, tops
+            ):  # fmt: skip
+                return False
+            _row_kernel[(triton.cdiv(n_rows, 8),)](
+                x, target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
+                losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
+                factor is not None, 8, 256, 256, num_warps=4,
+            )  # fmt: skip
+        if dx is not None:
+            wide = {"out_dtype": torch.float32} if x.is_cuda else {}
+            product = torch.mm(buffer, weight, **wide)
+            _dx_kernel[(n_rows,)](
+                product, a, hot, label, weight, to, dx, weight.stride(0), hidden, 1024, num_warps=4
+            )  # fmt: skip
+    if dw is not None:
+        dw.add(buffer.t(), scaled)
+    return True
+
+
+def add_labels(dw: WeightGrad, x: torch.Tensor, target: torch.Tensor, hot: torch.Tensor, kept: torch.Tensor | None):
+    """Add to dw what `add_chunk` left out.
+
+    Args:
+        x, kept: the rows are those of x [..., H] at `kept`, or all.
+        target, hot: of these rows.
+    """
+    label, order = target.sort(stable=True)
+    n_rows, hidden = hot.shape[0], x.shape[1]
+    outside, inside = dw.parts[0], dw.parts[-1]
+    with launch_device(x):
+        _add_labels_kernel[(n_rows, triton.cdiv(hidden, 1024))](
+            outside, inside, x, hot, label, order, kept, x.stride(0), outside.shape[0], dw.result.shape[0],
+            n_rows, hidden, 8, 1024, num_warps=8,
+        )  # fmt: skip

@@ -256,13 +256,13 @@ def backward_tiling(hidden: int, element_bytes: int, device: int) -> tuple[int, 
     Programs stay and walk over the rows, so that the partial sums of dweight are few. An H100 in bfloat16 comes to
     these shares of the speed of a copy; beyond 8192 columns a pipeline would spill registers.
 
-        columns     64  128  256  1024 | 2048  3072 | 4096  5120  8192 | 16384
-        share, %    85   71   90    59 |   73    80 |   83    91    84 |    70 (59 with a pipeline)
+        columns     64  128  256  1024 | 2048  3072  4096  5120 | 8192 | 16384
+        share, %    85   71   90    59 |   72    81    84    90 |   91 |    80 (65 with a pipeline)
     """
     if hidden <= 1024:
         block = max(16, 1 << (hidden - 1).bit_length())
         rows, warps, resident, stages = 4096 // block, 4, 2, 1
-    elif hidden <= 3072:
+    elif hidden <= 5120:
         rows, block, warps, resident, stages = 1, 1024, 4, 2, 3
     else:
         rows, block, warps, resident, stages = 1, 4096, 16, 1, 3 if hidden <= 8192 else 1

@@ -7,7 +7,8 @@
 All in bf16. Peers: `ligerfx-bf16` sums the weight gradient of the loss in bf16, where `ligerfx` does so in
 float32; `eager` is our reference in plain PyTorch, as the Hugging Face models compute it; `inductor` the same
 under torch.compile; `aten` a single PyTorch function; `cce` is Apple's cut-cross-entropy; `floor` the three
-matrix products of the loss and nothing else, at the best of a few chunk sizes. Peers alternate, and figures
+matrix products of the loss and nothing else, at the best of a few chunk sizes; `copy` a copy that moves as many bytes
+as must move, which at a few dozen MB does not reach the speed of a long one, either. Peers alternate, and figures
 are medians. One that is missing, fails, is wrong or takes too long over its first call is listed as not
 measured, with the reason: each result is first compared with the reference in float32.
 
@@ -119,6 +120,10 @@ class Run:
             for rows, products in floors(case).items():
                 timed[f"floor {rows}", "total"] = products, lambda: None
         facts: dict[str, dict[str, Any]] = {}
+        if not case.flops and "copy" in self.peers:
+            for part, count in ("forward", case.forward_bytes), ("backward", case.backward_bytes):
+                timed["copy", part] = copy_of(count, self.clock.device), lambda: None
+            facts["copy"] = {}
         for peer, calls, error in self.prepared(case, peers):
             calls.restore()
             facts[peer] = {"relative_error": error, "extra_mb": self.clock.extra_megabytes(calls.both)}
@@ -181,6 +186,12 @@ class Run:
         return share if share < 1.5 else None
 
 
+def copy_of(count: int, device: str) -> Callable[[], Any]:
+    """A copy that moves this many bytes: half of them are read, and half written."""
+    source, target = (torch.zeros(count // 2, dtype=torch.int8, device=device) for _ in range(2))
+    return partial(target.copy_, source)
+
+
 def chosen(parser: argparse.ArgumentParser, names: str, known: Any) -> list[str]:
     names = names.split(",")
     if unknown := set(names) - set(known):
@@ -224,7 +235,7 @@ def main() -> None:
                 if arguments.json:  # after each, so that a run cut short leaves what it has
                     arguments.json.write_text(json.dumps(report, indent=1) + "\n")
         show(console, name, [result for result in run.results if result["op"] == name])
-    show_host(console, run.host, [peer for peer in peers if peer != "floor"])
+    show_host(console, run.host, [peer for peer in peers if peer not in ("floor", "copy")])
     show_missing(console, run.missing)
     bandwidth, rate = (run.limits[key] for key in ("copy_bytes_per_second", "matmul_flops_per_second"))
     console.print(f"copy {bandwidth / 1e12:.2f} TB/s, matmul {rate / 1e12:.0f} TFLOP/s", style="dim")

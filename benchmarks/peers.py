@@ -73,12 +73,12 @@ OTHERS: dict[str, dict[str, Callable[[], Callable]]] = {
     },
 }
 # In the order in which they are measured: first what a run that is cut short should have.
-PEERS = ("ligerfx", "ligerfx-bf16", "floor", "eager", "liger", "inductor", "aten", "cce")
+PEERS = ("ligerfx", "ligerfx-bf16", "floor", "copy", "eager", "liger", "inductor", "aten", "cce")
 IN_PLACE = {"liger"}  # writes over its inputs, or over the gradient that comes in
 
 
 def peers_of(op: str, peers: list[str]) -> list[str]:
-    """Those of the peers that have this op; the floor is not one, and is measured apart."""
+    """Those of the peers that have this op; the floor and the copy are none, and are measured apart."""
     everywhere = ("ligerfx", "eager", "inductor")
     return [peer for peer in PEERS if peer in peers and (peer in everywhere or peer in OTHERS[op])]
 

@@ -23,6 +23,7 @@ COLOURS = {
     "ligerfx-low": "tab:pink",
     "eager": "tab:gray",
     "liger": "tab:blue",
+    "copy": "lightgray",
     "inductor": "tab:orange",
     "aten": "tab:green",
     "cce": "tab:purple",

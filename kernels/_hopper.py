@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ._runtime import HAS_TRITON, INTERPRET, PLAIN, launch_device, num_sms, tl, triton
+from ._runtime import HAS_TRITON, INTERPRET, PLAIN, jit, launch_device, num_sms, tl, triton
 
 try:
     if not HAS_TRITON or INTERPRET or not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
@@ -48,6 +48,8 @@ GROUP = tl.constexpr(16)  # rows of tiles that are walked together, for the seco
 
 if HAS_GLUON:
     SLAB_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
+
+    hopper_jit = functools.partial(jit, language=gluon)
 
     @gluon.jit
     def shared_memory(first_d, B_ROWS: gl.constexpr, B_COLUMNS: gl.constexpr):

@@ -17,6 +17,7 @@ if HAS_GLUON:
         count_tiles,
         gl,
         gluon,
+        hopper_jit,
         load_slab,
         multiply,
         shared_memory,
@@ -69,7 +70,7 @@ if HAS_GLUON:
                 row, col, gate, up = next_row, next_col, next_gate, next_up
             turn += 1
 
-    @gluon.jit
+    @hopper_jit
     def _product_gradients_kernel(dy_d, weight_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
         a_s, b_s, panels, loaded, free, full, empty = shared_memory(dy_d, DEPTH, 2 * HALF)
         n_rows, n_cols, depth = sizes
@@ -127,7 +128,7 @@ if HAS_GLUON:
                 store_slab(z_ptr, z_stride, row, col, n_rows, n_cols, z)
             turn += 1
 
-    @gluon.jit
+    @hopper_jit
     def _gated_product_kernel(x_d, gate_d, up_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
         a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
         n_rows, n_cols, depth = sizes

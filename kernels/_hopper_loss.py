@@ -18,6 +18,7 @@ if HAS_GLUON:
         count_tiles,
         gl,
         gluon,
+        hopper_jit,
         multiply,
         shared_memory,
         slab_at,
@@ -81,7 +82,7 @@ if HAS_GLUON:
                 gl.store(top_ptr + stats, largest, mask=inside)
             turn += 1
 
-    @gluon.jit
+    @hopper_jit
     def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, sizes):
         n_rows, n_cols, depth = sizes
         tiles = gl.where(gl.load(needed_ptr) != 0, count_tiles(n_rows, n_cols, 2 * HALF), 0)

@@ -75,12 +75,12 @@ class _Kernel:
     """A compiled-once Triton kernel whose launch costs half the host time of Triton's own.
 
     Triton looks at each argument anew, in all the generality of its language, to find which compiled variant
-    serves the call. Here the arguments are tensors, numbers, None, and constants, so a short key does. Launches
-    that somebody observes (profiler hooks) or traces (torch.compile) take Triton's way.
+    serves the call. Here the arguments are tensors, numbers, None, tuples and descriptors of them, and constants, so a
+    short key does. Launches that somebody observes (profiler hooks) or traces (torch.compile) take Triton's way.
     """
 
-    def __init__(self, function: Callable) -> None:
-        self.kernel = triton.jit(function)
+    def __init__(self, function: Callable, language: Any) -> None:
+        self.kernel = language.jit(function)
         self.is_constant = [parameter.is_constexpr for parameter in self.kernel.params]
         self.variants: dict[tuple, Any] = {}
         functools.update_wrapper(self, function)
@@ -107,18 +107,23 @@ class _Kernel:
         variant.run(x, y, z, stream, variant.function, variant.packed_metadata, None, None, None, *args)
 
 
-def _kind(argument: torch.Tensor | int | float | None) -> Any:
+def _kind(argument: Any) -> Any:
     """What of an argument Triton compiles for: a tensor's dtype and alignment, a number's divisibility and width."""
-    if argument is None or type(argument) is float:
-        return type(argument)
-    if type(argument) is int:
+    kind = type(argument)
+    if kind in PLAIN:
+        return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
+    if kind is int:
         return "1" if argument == 1 else (argument % 16 == 0, argument.bit_length() > 31)
-    return argument.dtype if argument.data_ptr() % 16 == 0 else (argument.dtype,)
+    if argument is None or kind is float:
+        return kind
+    if kind is tuple:
+        return tuple(map(_kind, argument))
+    return argument.base.dtype, *argument.block_shape  # a descriptor
 
 
-def jit(function: Callable) -> Any:
-    """`triton.jit` for kernels that are launched, as `kernel[grid](*arguments, num_warps=...)`."""
-    return triton.jit(function) if INTERPRET or not HAS_TRITON else _Kernel(function)
+def jit(function: Callable, language: Any = triton) -> Any:
+    """`triton.jit` for kernels that are launched, as `kernel[grid](*arguments, num_warps=...)`; or another's `jit`."""
+    return triton.jit(function) if INTERPRET or not HAS_TRITON else _Kernel(function, language)
 
 
 @functools.cache

@@ -210,12 +210,14 @@ def _loss_and_grads(
             part = slice(start, start + chunk)
             if kept is None:
                 x_chunk, target_chunk = x[part], target[part]
+                dx_chunk, to = dx[part] if need_x else None, None
             else:
                 x_chunk, target_chunk = x.index_select(0, kept[part]), target.index_select(0, kept[part])
+                dx_chunk, to = dx, kept[part]
             logits = buffer[: x_chunk.shape[0], :vocab]
             if fused and _unnormalised.add_chunk(
                 x_chunk, weight, target_chunk, logits, losses[part], hot[part], factor, options["loss"],
-                dx if kept is not None or dx is None else dx[part], None if kept is None else kept[part], dw,
+                dx_chunk, to, dw,
             ):  # fmt: skip
                 continue
             if bias is None:
@@ -223,10 +225,10 @@ def _loss_and_grads(
             else:
                 torch.addmm(bias, x_chunk, weight.t(), out=logits)
             loss_and_grad_(logits, target_chunk, losses[part], factor, need_grad, options["loss"])
-            if need_x and kept is None:
-                torch.mm(logits, weight, out=dx[part])
+            if need_x and to is None:
+                torch.mm(logits, weight, out=dx_chunk)
             elif need_x:
-                dx.index_copy_(0, kept[part], logits @ weight)
+                dx_chunk.index_copy_(0, to, logits @ weight)
             if need_w:
                 dw.add(logits.t(), x_chunk)
             if need_b:

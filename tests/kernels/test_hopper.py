@@ -222,7 +222,7 @@ if sys.argv[1] == "exponentials":
     rest |= {"stride": "i32", "scale": "fp32", "sizes": ("i32",) * 3}
 else:
     rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n, "sizes": ("i32",) * 3, "ACTIVATE": "constexpr"}
-source = GluonASTSource(kernel, factors | rest, constants)
+source = GluonASTSource(kernel.kernel, factors | rest, constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 ptx = compiled.asm["ptx"]
 print(ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), compiled.metadata.shared)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ._runtime import HAS_TRITON, INTERPRET, PLAIN, jit, launch_device, num_sms, tl, triton
+from ._runtime import HAS_TRITON, INTERPRET, PLAIN, ceil_div, jit, launch_device, num_sms, tl, triton
 
 try:
     if not HAS_TRITON or INTERPRET or not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
@@ -49,6 +49,8 @@ GROUP = tl.constexpr(16)  # rows of tiles that are walked together, for the seco
 if HAS_GLUON:
     SLAB_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
 
+    # Of a stage in shared memory.
+    STAGE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     hopper_jit = functools.partial(jit, language=gluon)
 
     @gluon.jit
@@ -156,7 +158,7 @@ def takes(rows: torch.Tensor, n_cols: int, weights: list[torch.Tensor], others: 
 
     Args:
         rows, weights: what is multiplied. Their own rows must lie 16 bytes, or a multiple, apart.
-        n_cols: of the gate.
+        n_cols: of the product; where there are two, of one of them.
         others: what else is read.
     """
     if not (HAS_GLUON and rows.is_cuda and _is_hopper(rows.get_device())) or _refused:
@@ -166,8 +168,7 @@ def takes(rows: torch.Tensor, n_cols: int, weights: list[torch.Tensor], others: 
         rows.dtype in (torch.bfloat16, torch.float16)
         and all(type(t) in PLAIN and t.dtype == rows.dtype for t in (rows, *weights, *others))
         and depth <= _DEEPEST
-        and triton.cdiv(n_rows, ROWS.value) * triton.cdiv(n_cols, 2 * HALF.value)
-        >= num_sms(rows)  # or some would be idle
+        and ceil_div(n_rows, ROWS.value) * ceil_div(n_cols, 2 * HALF.value) >= num_sms(rows)  # or some would be idle
         and all(t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (rows, *weights))
     )
 
@@ -183,11 +184,10 @@ def launch(kernel: Any, factors: list[tuple[torch.Tensor, list[int]]], n_cols: i
         False if the kernel could not be compiled or launched: then nothing is written, and the user is warned once.
     """
     first = factors[0][0]
-    programs = min(num_sms(first), triton.cdiv(first.shape[0], ROWS.value) * triton.cdiv(n_cols, width))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    programs = min(num_sms(first), ceil_div(first.shape[0], ROWS.value) * ceil_div(n_cols, width))
     try:
         with launch_device(first):
-            described = [TensorDescriptor.from_tensor(matrix, block, layout) for matrix, block in factors]
+            described = [TensorDescriptor.from_tensor(matrix, block, STAGE_LAYOUT) for matrix, block in factors]
             kernel[(programs,)](*described, *args, num_warps=4)
     except Exception as error:
         _refused.append(f"{type(error).__name__}: {error}")

@@ -136,6 +136,11 @@ def num_sms(tensor: torch.Tensor) -> int:
     return _sm_count(tensor.get_device()) if tensor.is_cuda else 1
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own takes the host microseconds.)"""
+    return -(-a // b)
+
+
 def is_dense_with_rows(x: torch.Tensor) -> bool:
     """Whether x fills its memory without gaps, in any order of the leading dims, with contiguous last dim.
 

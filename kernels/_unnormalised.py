@@ -17,7 +17,7 @@ At the label e is zero: its gradient, softmax - 1, would lose its digits there. 
 import torch
 
 from . import _hopper, _hopper_loss
-from ._runtime import jit, launch_device, tl, triton
+from ._runtime import ceil_div, jit, launch_device, tl
 from ._weight_grad import WeightGrad
 from .crossentropy import LOG_2, to_z
 
@@ -184,7 +184,7 @@ def add_chunk(
     """
     ignore_index, scale, z_loss, _, _ = options
     (n_rows, hidden), vocab = x.shape, weight.shape[0]
-    n_sums = triton.cdiv(vocab, _hopper_loss.COLUMNS)
+    n_sums = ceil_div(vocab, _hopper_loss.COLUMNS)
     shift, exponent, a = torch.empty(3, n_rows, dtype=torch.float32, device=x.device)
     sums, tops = torch.empty(2, n_sums, n_rows, dtype=torch.float32, device=x.device)
     label = torch.empty(n_rows, dtype=torch.int32, device=x.device)
@@ -202,7 +202,7 @@ def add_chunk(
                 x, weight, scale, shift, label, needed[turn], buffer, exponent, sums, tops
             ):  # fmt: skip
                 return False
-            _row_kernel[(triton.cdiv(n_rows, 8),)](
+            _row_kernel[(ceil_div(n_rows, 8),)](
                 x, target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
                 losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
                 factor is not None, 8, 256, 256, num_warps=4,
@@ -229,7 +229,7 @@ def add_labels(dw: WeightGrad, x: torch.Tensor, target: torch.Tensor, hot: torch
     n_rows, hidden = hot.shape[0], x.shape[1]
     outside, inside = dw.parts[0], dw.parts[-1]
     with launch_device(x):
-        _add_labels_kernel[(n_rows, triton.cdiv(hidden, 1024))](
+        _add_labels_kernel[(n_rows, ceil_div(hidden, 1024))](
             outside, inside, x, hot, label, order, kept, x.stride(0), outside.shape[0], dw.result.shape[0],
             n_rows, hidden, 8, 1024, num_warps=8,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._runtime import launch_device, num_sms, tl, triton
+from ._runtime import ceil_div, launch_device, num_sms, tl, triton
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _scale_kernel(source_ptr, result_ptr, factor_ptr, n, IN_PLACE: tl.constexpr,
 def scale_to(source: torch.Tensor, factor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """result = source * factor, both contiguous; result may be source, but not overlap it otherwise."""
     n, block = source.numel(), 4096
-    grid = min(triton.cdiv(n, block), 16 * num_sms(source))
+    grid = min(ceil_div(n, block), 16 * num_sms(source))
     if n:
         with launch_device(source):
             in_place = result.data_ptr() == source.data_ptr()
@@ -45,7 +45,7 @@ class WeightGrad:
         self.parts = [self.result]
         if wide and weight.dtype != torch.float32:
             # Some more rows outside the result than in it, for `scaled` to begin with; whole tiles.
-            outside = min(vocab, triton.cdiv(vocab // 2 + vocab // 128 + 1, 256) * 256)
+            outside = min(vocab, ceil_div(vocab // 2 + vocab // 128 + 1, 256) * 256)
             inside = self.result.view(-1)[: 2 * (vocab - outside) * hidden].view(torch.float32)
             self.parts = [
                 torch.empty(outside, hidden, dtype=torch.float32, device=weight.device),

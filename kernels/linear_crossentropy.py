@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _unnormalised
 from ._operators import operator
-from ._runtime import PLAIN, autocast_dtype, launch_device, tl, triton, use_triton
+from ._runtime import PLAIN, autocast_dtype, ceil_div, launch_device, tl, triton, use_triton
 from ._weight_grad import WeightGrad, scale_to
 from .counted_rows import CountedRows, capturing, rows_that_count
 from .crossentropy import (
@@ -156,8 +156,8 @@ def _chunk_rows(n_rows: int, row_bytes: int, budget: int) -> int:
     if n_rows <= most:
         return n_rows
     tile = next(tile for tile in (512, 128, 1) if tile <= most)
-    n_chunks = triton.cdiv(n_rows, most - most % tile)
-    return min(n_rows, triton.cdiv(triton.cdiv(n_rows, n_chunks), tile) * tile)
+    n_chunks = ceil_div(n_rows, most - most % tile)
+    return min(n_rows, ceil_div(ceil_div(n_rows, n_chunks), tile) * tile)
 
 
 def _loss_and_grads(
@@ -197,7 +197,7 @@ def _loss_and_grads(
         db = torch.zeros(vocab, dtype=torch.float32, device=x.device)
     if n_rows:
         # Rows start at multiples of 32 bytes: the matrix products and the loss need aligned vectors to be fast.
-        row_stride = triton.cdiv(vocab, 16) * 16
+        row_stride = ceil_div(vocab, 16) * 16
         chunk = _chunk_rows(n_rows, row_stride * x.element_size(), options["budget"])
         # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
         wide = x.dtype == torch.float16 or (chunk < n_rows and options["accumulate_in"] == torch.float32)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._operators import operator
-from ._runtime import jit, launch_device, tl, triton, use_triton
+from ._runtime import ceil_div, jit, launch_device, tl, triton, use_triton
 
 PAIRS = ("halves", "neighbours", "neighbours_to_halves")
 
@@ -259,9 +259,9 @@ class Tiling(NamedTuple):
 
 def split_heads(q_heads: int, k_heads: int, most: int) -> tuple[int, int, int]:
     """(heads of q, heads of k, blocks): blocks of at most so many heads, each with its share of q and of k."""
-    blocks = max(1, triton.cdiv(max(q_heads, k_heads), most))
-    q, k = (triton.next_power_of_2(max(1, triton.cdiv(n, blocks))) for n in (q_heads, k_heads))
-    return q, k, max(triton.cdiv(q_heads, q), triton.cdiv(k_heads, k))
+    blocks = max(1, ceil_div(max(q_heads, k_heads), most))
+    q, k = (triton.next_power_of_2(max(1, ceil_div(n, blocks))) for n in (q_heads, k_heads))
+    return q, k, max(ceil_div(q_heads, q), ceil_div(k_heads, k))
 
 
 @functools.cache

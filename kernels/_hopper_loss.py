@@ -46,7 +46,7 @@ if HAS_GLUON:
         return gl.load(pointer + rows, mask=rows < n_rows, other=-1)
 
     @gluon.jit
-    def _finish_exponentials(panels, full, empty, pointers, stride, scale, tiles, sizes):
+    def _finish_exponentials(panels, full, empty, pointers, stride, scale, tiles, sizes, SOFTCAP: gl.constexpr):
         shift_ptr, label_ptr, result_ptr, exponent_ptr, sum_ptr, top_ptr = pointers
         n_rows, n_cols, depth = sizes
         slabs = slabs_of(panels)
@@ -66,13 +66,19 @@ if HAS_GLUON:
                     logits = slabs.index((2 * half + panel) * SLABS + at).load(SLAB_LAYOUT)
                     if panel == 1:
                         mbarrier.arrive(empty.index(half), pred=at == SLABS - 1)
-                    z = gl.where(mask, logits.to(gl.float32) * scale, float("-inf"))
+                    z = logits.to(gl.float32) * scale
+                    if SOFTCAP is not None:
+                        ratio = 1.0 - 2.0 / (gl.exp2(z * (2.0 / SOFTCAP)) + 1.0)  # the hyperbolic tangent
+                        z = ratio * (SOFTCAP * LOG2_E)
+                    z = gl.where(mask, z, float("-inf"))
                     exponent = z - shift[:, None]
                     value = gl.exp2(exponent)
                     total += gl.sum(value, axis=1)
                     largest = gl.maximum(largest, gl.max(z, axis=1))
                     is_label = cols == label[:, None] - (col + panel * PANEL)
                     gl.store(exponent_ptr + row + (rows + 0 * cols), exponent, mask=is_label & mask)
+                    if SOFTCAP is not None:
+                        value *= 1.0 - ratio * ratio
                     value = gl.where(is_label, 0.0, value).to(panels.dtype)
                     store_slab(result_ptr, stride, row, col + panel * PANEL, n_rows, n_cols, value)
                 rows = row + gl.arange(0, SLAB, gl.SliceLayout(1, SLAB_LAYOUT))
@@ -83,7 +89,7 @@ if HAS_GLUON:
             turn += 1
 
     @hopper_jit
-    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, sizes):
+    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, sizes, SOFTCAP: gl.constexpr):
         n_rows, n_cols, depth = sizes
         tiles = gl.where(gl.load(needed_ptr) != 0, count_tiles(n_rows, n_cols, 2 * HALF), 0)
         steps = gl.cdiv(depth, DEPTH)
@@ -92,7 +98,7 @@ if HAS_GLUON:
             [
                 (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
                 (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
-                (_finish_exponentials, (panels, full, empty, pointers, stride, scale, tiles, sizes)),
+                (_finish_exponentials, (panels, full, empty, pointers, stride, scale, tiles, sizes, SOFTCAP)),
                 (_load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes)),
             ],
             [4, 4, 1],
@@ -108,6 +114,7 @@ def exponentials(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: float,
+    softcap: float | None,
     shift: torch.Tensor,
     label: torch.Tensor,
     needed: torch.Tensor,
@@ -116,13 +123,13 @@ def exponentials(
     sums: torch.Tensor,
     tops: torch.Tensor,
 ) -> bool:
-    """With z = log2(e) * scale * (x @ weight.T), rounded before it is scaled: result = 2**(z - shift), 0 at the label.
+    """2**(z - shift) of z, the logits x @ weight.T, rounded, scaled, capped and times log2(e); 0 at the label.
 
     Args:
         x, weight: [M, K] and [V, K], as `takes` wants them.
         shift, label: [M], float32 and int32. No label: one that is no column, such as -1.
         needed: int32 scalar; 0: nothing is to be done.
-        result: [M, V], to be written; rows one stride apart.
+        result: [M, V], to be written; rows one stride apart. With a softcap, times the slope of the cap.
         exponent: [M], float32, to be written: z - shift at the label, of the rows that have one.
         sums, tops: [V / COLUMNS, M], rounded up, float32, to be written: of 2**(z - shift), the label's included, the
             sum over the columns, and the largest z.
@@ -134,5 +141,5 @@ def exponentials(
     pointers = (shift, label, result, exponent, sums, tops)
     return _hopper.launch(
         _exponentials_kernel, factors, weight.shape[0], 2 * HALF.value,
-        pointers, needed, result.stride(0), scale * LOG2_E.value, (*result.shape, x.shape[1]),
+        pointers, needed, result.stride(0), scale * LOG2_E.value, (*result.shape, x.shape[1]), softcap,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from . import _hopper, _hopper_loss
 from ._runtime import ceil_div, jit, launch_device, tl
 from ._weight_grad import WeightGrad
-from .crossentropy import LOG_2, to_z
+from .crossentropy import LOG_2, through_softcap, to_z
 
 LARGEST = tl.constexpr(2.0**100)
 """sum(e) above which the product is done again. bfloat16 goes on to 2**127: products of e must not overflow either."""
@@ -27,8 +27,9 @@ LARGEST = tl.constexpr(2.0**100)
 
 @jit
 def _shift_kernel(
-    x_ptr, w_ptr, target_ptr, shift_ptr, label_ptr, x_stride, w_stride, V, H, ignore_index, scale, BLOCK: tl.constexpr
-):
+    x_ptr, w_ptr, target_ptr, shift_ptr, label_ptr, x_stride, w_stride, V, H, ignore_index, scale,
+    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """label is the target where it counts and is inside the vocabulary, else -1, with a shift that makes e zero."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -39,7 +40,7 @@ def _shift_kernel(
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * x_stride + cols, mask=cols < H, other=0.0).to(tl.float32)
         dots += x * tl.load(w_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
-    z = to_z(tl.sum(dots, axis=0), scale, None)
+    z = to_z(tl.sum(dots, axis=0), scale, SOFTCAP)
     tl.store(shift_ptr + row, tl.where(has_label, z, float("inf")))
     tl.store(label_ptr + row, tl.where(has_label, target, -1).to(tl.int32))
 
@@ -48,7 +49,7 @@ def _shift_kernel(
 def _row_kernel(
     x_ptr, target_ptr, label_ptr, shift_ptr, exponent_ptr, sums_ptr, tops_ptr, factor_ptr, needed_ptr, again_ptr,
     loss_ptr, a_ptr, hot_ptr, scaled_ptr, x_stride, n_rows, n_sums, H, ignore_index, scale, z_loss,
-    HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each row's loss, a, and `hot`, the gradient of its label's logit; scaled = a * x. Sets shift and `again` of rows
     that overflowed."""
@@ -80,10 +81,10 @@ def _row_kernel(
         slope = factor * (1.0 + 2.0 * z_loss * lse)
         counts = tl.load(target_ptr + rows, mask=mask, other=ignore_index) != ignore_index
         a = tl.where(counts, slope / total, 0.0)
-        hot = tl.where(counts, slope * (tl.exp2(exponent) / total) - factor, 0.0)
+        hot = through_softcap(slope * (tl.exp2(exponent) / total) - factor, exponent + shift, SOFTCAP)
         tl.store(loss_ptr + rows, tl.where(counts, loss + z_loss * lse * lse, 0.0), mask=mask)
         tl.store(a_ptr + rows, a, mask=mask)
-        tl.store(hot_ptr + rows, hot, mask=mask)
+        tl.store(hot_ptr + rows, tl.where(counts, hot, 0.0), mask=mask)
         if scaled_ptr is not None:
             for start in range(0, H, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
@@ -150,9 +151,9 @@ def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, opti
 
     float16 does not reach far enough for e.
     """
-    _, _, _, softcap, smoothing = options
-    plain = bias is None and softcap is None and smoothing == 0
-    return plain and x.dtype == torch.bfloat16 and _hopper.takes(x, weight.shape[0], [weight], [])
+    if bias is not None or options[-1] > 0 or x.dtype != torch.bfloat16:
+        return False
+    return _hopper.takes(x, weight.shape[0], [weight], [])
 
 
 def add_chunk(
@@ -182,7 +183,7 @@ def add_chunk(
     Returns:
         False if a kernel failed: then nothing of value is written.
     """
-    ignore_index, scale, z_loss, _, _ = options
+    ignore_index, scale, z_loss, softcap, _ = options
     (n_rows, hidden), vocab = x.shape, weight.shape[0]
     n_sums = ceil_div(vocab, _hopper_loss.COLUMNS)
     shift, exponent, a = torch.empty(3, n_rows, dtype=torch.float32, device=x.device)
@@ -195,17 +196,17 @@ def add_chunk(
     with launch_device(x):
         _shift_kernel[(n_rows,)](
             x, weight, target, shift, label, x.stride(0), weight.stride(0), vocab, hidden, ignore_index, scale,
-            512, num_warps=4,
+            softcap, 512, num_warps=4,
         )  # fmt: skip
         for turn in range(2):
             if not _hopper_loss.exponentials(
-                x, weight, scale, shift, label, needed[turn], buffer, exponent, sums, tops
+                x, weight, scale, softcap, shift, label, needed[turn], buffer, exponent, sums, tops
             ):  # fmt: skip
                 return False
             _row_kernel[(ceil_div(n_rows, 8),)](
                 x, target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
                 losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
-                factor is not None, 8, 256, 256, num_warps=4,
+                softcap, factor is not None, 8, 256, 256, num_warps=4,
             )  # fmt: skip
         if dx is not None:
             wide = {"out_dtype": torch.float32} if x.is_cuda else {}

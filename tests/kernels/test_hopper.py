@@ -216,10 +216,10 @@ elif sys.argv[1] == "units":
     kernel, n = _hopper_glu._gated_product_kernel, 3
     factors = {"x_d": descriptor(128, 64), "gate_d": descriptor(64, 64), "up_d": descriptor(64, 64)}
 if sys.argv[1] == "exponentials":
-    kernel, constants = _hopper_loss._exponentials_kernel, {}
+    kernel, constants = _hopper_loss._exponentials_kernel, {"SOFTCAP": 30.0}
     factors = {"x_d": descriptor(128, 64), "weight_d": descriptor(256, 64)}
     rest = {"pointers": ("*fp32", "*i32", "*bf16", "*fp32", "*fp32", "*fp32"), "needed_ptr": "*i32"}
-    rest |= {"stride": "i32", "scale": "fp32", "sizes": ("i32",) * 3}
+    rest |= {"stride": "i32", "scale": "fp32", "sizes": ("i32",) * 3, "SOFTCAP": "constexpr"}
 else:
     rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n, "sizes": ("i32",) * 3, "ACTIVATE": "constexpr"}
 source = GluonASTSource(kernel.kernel, factors | rest, constants)

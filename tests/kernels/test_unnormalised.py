@@ -1,5 +1,7 @@
 """The loss whose product ends in exponentials: that product runs on H100 or H200, and is a stand-in elsewhere."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,12 @@ ROWS, HIDDEN, VOCAB = (1900, 264, 9000) if torch.cuda.is_available() else (12, 1
 STD = HIDDEN**-0.5
 
 
-def _exponentials(x, weight, scale, shift, label, needed, result, exponent, sums, tops):
+def _exponentials(x, weight, scale, softcap, shift, label, needed, result, exponent, sums, tops):
     if needed[0] == 0:
         return True
-    z = (x.float() @ weight.float().t()).to(x.dtype).float() * (scale * torch.tensor(2.0).log().reciprocal()).item()
+    z = (x.float() @ weight.float().t()).to(x.dtype).float() * scale
+    ratio = torch.zeros(()) if softcap is None else torch.tanh(z / softcap)
+    z = (z if softcap is None else softcap * ratio) / math.log(2)
     e = torch.exp2(z - shift[:, None])
     pad = (0, -z.shape[1] % _hopper_loss.COLUMNS)
     parts = len(z), -1, _hopper_loss.COLUMNS
@@ -25,7 +29,7 @@ def _exponentials(x, weight, scale, shift, label, needed, result, exponent, sums
     rows = (label >= 0).nonzero()[:, 0]
     exponent[rows] = z[rows, label[rows].long()] - shift[rows]
     e[rows, label[rows].long()] = 0.0
-    result.copy_(e)
+    result.copy_(e * (1 - ratio * ratio))
     return True
 
 
@@ -35,9 +39,9 @@ def products(monkeypatch):
     needs = []
     function = _hopper_loss.exponentials if HOPPER else _exponentials
 
-    def noted(x, weight, scale, shift, label, needed, *written):
+    def noted(x, weight, scale, softcap, shift, label, needed, *written):
         needs.append(needed[:1].clone())
-        return function(x, weight, scale, shift, label, needed, *written)
+        return function(x, weight, scale, softcap, shift, label, needed, *written)
 
     monkeypatch.setattr(_hopper_loss, "exponentials", noted)
     if not HOPPER:
@@ -74,7 +78,9 @@ def _one(device):
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.005, 0.4])
-@pytest.mark.parametrize("options", [{}, {"reduction": "sum", "scale": 0.7, "z_loss": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum", "scale": 0.7, "z_loss": 0.01}, {"softcap": 2.0, "scale": 1.3}], ids=str
+)
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_as_accurate_as_eager(device, poison, assert_as_accurate, products, chunks, options, ignored):
     functions = _functions(_target(device, ignored), logits_budget=2 * (VOCAB + 16) * ROWS // chunks, **options)
@@ -151,9 +157,9 @@ def test_what_is_not_taken(device, products):
     x, weight = _inputs(device)
     plain = (-100, 1.0, 0.0, None, 0.0)
     assert _unnormalised.takes(x, weight, None, plain)
+    assert _unnormalised.takes(x, weight, None, (-100, 1.0, 0.1, 30.0, 0.0))
     assert not _unnormalised.takes(x.half(), weight.half(), None, plain)
     assert not _unnormalised.takes(x, weight, weight[:, 0].contiguous(), plain)
-    assert not _unnormalised.takes(x, weight, None, (-100, 1.0, 0.0, 30.0, 0.0))
     assert not _unnormalised.takes(x, weight, None, (-100, 1.0, 0.0, None, 0.1))
     with torch.no_grad():  # has no use for what is written
         linear_cross_entropy(x, weight, _target(device))

@@ -10,6 +10,8 @@ import torch
 from benchmarks.cases import leaf
 
 WARM_UP_MS, REPEAT_MS = 20, 60  # of every measurement, over all rounds
+# Of matrix products, which bring a card to its power limit: its clock then takes a tenth of a second to settle.
+PRODUCTS_WARM_UP_MS, PRODUCTS_REPEAT_MS = 450, 450
 HOST_CALLS = 100  # a round
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
 
@@ -29,8 +31,14 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def sample(self, call: Callable, restore: Callable[[], None], milliseconds: float) -> list[float]:
-        """Milliseconds of single calls, for about that long; of the device alone, where it is a GPU."""
+    def sample(
+        self, call: Callable, restore: Callable[[], None], milliseconds: float, warm_up: float | None = None
+    ) -> list[float]:
+        """Milliseconds of single calls, for about that long; of the device alone, where it is a GPU.
+
+        Calls go on for warm_up milliseconds before, or a third of the time.
+        """
+        warm_up = milliseconds * WARM_UP_MS / REPEAT_MS if warm_up is None else warm_up
         restore()
         self.synchronize()
         start = time.perf_counter()
@@ -38,7 +46,7 @@ class Clock:
         host = time.perf_counter() - start
         self.synchronize()
         estimate = (time.perf_counter() - start) * 1000
-        for _ in range(int(min(100, milliseconds * WARM_UP_MS / REPEAT_MS / estimate))):
+        for _ in range(int(min(100, warm_up / estimate))):
             restore()
             call()
         repetitions = max(3, int(min(100, milliseconds / estimate)))

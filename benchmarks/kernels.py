@@ -12,10 +12,10 @@ as must move, which at a few dozen MB does not reach the speed of a long one, ei
 are medians. One that is missing, fails, is wrong or takes too long over its first call is listed as not
 measured, with the reason: each result is first compared with the reference in float32.
 
-Device time excludes the host's and starts with a cold L2 cache. Bandwidth counts each input read once and
-each output written once. Extra memory is the peak of one forward and backward above what was allocated
-before, results and gradients included. Host overhead is what the host spends on one forward and backward at
-a size where the device keeps up.
+Device time excludes the host's and starts with a cold L2 cache; of matrix products, at the card's power limit.
+Bandwidth counts each input read once and each output written once. Extra memory is the peak of one forward and
+backward above what was allocated before, results and gradients included. Host overhead is what the host spends
+on one forward and backward at a size where the device keeps up.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import torch
 import torch._functorch.config
 
 from benchmarks.cases import OPS, Case
-from benchmarks.clock import REPEAT_MS, Clock, limits
+from benchmarks.clock import PRODUCTS_REPEAT_MS, PRODUCTS_WARM_UP_MS, REPEAT_MS, WARM_UP_MS, Clock, limits
 from benchmarks.environment import environment
 from benchmarks.peers import IN_PLACE, PEERS, Calls, at_most, check, floors, like, load, peers_of, prepare, truth
 from benchmarks.tables import show, show_host, show_missing, wide_console
@@ -137,10 +137,12 @@ class Run:
             timed[peer, "forward"] = calls.forward, calls.restore
             timed[peer, "backward"] = backward, calls.restore
         samples: dict[tuple[str, str], list[float]] = defaultdict(list)
+        products = case.flops and self.clock.cuda
+        repeat, warm_up = (PRODUCTS_REPEAT_MS, PRODUCTS_WARM_UP_MS) if products else (REPEAT_MS, WARM_UP_MS)
         for _ in range(ROUNDS):
             for key, (call, restore) in list(timed.items()):
                 try:
-                    samples[key] += self.clock.sample(call, restore, REPEAT_MS / ROUNDS)
+                    samples[key] += self.clock.sample(call, restore, repeat / ROUNDS, warm_up / ROUNDS)
                 except Exception as reason:
                     del timed[key]
                     samples.pop(key, None)

@@ -71,9 +71,10 @@ if HAS_GLUON:
             turn += 1
 
     @hopper_jit
-    def _product_gradients_kernel(dy_d, weight_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+    def _product_gradients_kernel(dy_d, weight_d, pointers, strides, n_rows, widths, ACTIVATE: gl.constexpr):
         a_s, b_s, panels, loaded, free, full, empty = shared_memory(dy_d, DEPTH, 2 * HALF)
-        n_rows, n_cols, depth = sizes
+        n_cols, depth = widths
+        sizes = (n_rows, n_cols, depth)
         tiles = count_tiles(n_rows, n_cols, 2 * HALF)
         steps = gl.cdiv(depth, DEPTH)
         gl.warp_specialize(
@@ -129,9 +130,10 @@ if HAS_GLUON:
             turn += 1
 
     @hopper_jit
-    def _gated_product_kernel(x_d, gate_d, up_d, pointers, strides, sizes, ACTIVATE: gl.constexpr):
+    def _gated_product_kernel(x_d, gate_d, up_d, pointers, strides, n_rows, widths, ACTIVATE: gl.constexpr):
         a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
-        n_rows, n_cols, depth = sizes
+        n_cols, depth = widths
+        sizes = (n_rows, n_cols, depth)
         tiles = count_tiles(n_rows, n_cols, HALF)
         steps = gl.cdiv(depth, DEPTH)
         gl.warp_specialize(
@@ -168,7 +170,7 @@ def gated_product(
     panel = [PANEL.value, DEPTH.value]
     factors = [(x, [ROWS.value, DEPTH.value]), (gate_weight, panel), (up_weight, panel)]
     tensors, n_cols = (gate, up, z), gate.shape[1]
-    arguments = tensors, tuple(t.stride(0) for t in tensors), (*gate.shape, x.shape[1]), in_triton(activation)
+    arguments = tensors, tuple(t.stride(0) for t in tensors), len(x), (n_cols, x.shape[1]), in_triton(activation)
     return _hopper.launch(_gated_product_kernel, factors, n_cols, HALF.value, *arguments)
 
 

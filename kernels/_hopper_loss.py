@@ -89,8 +89,9 @@ if HAS_GLUON:
             turn += 1
 
     @hopper_jit
-    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, sizes, SOFTCAP: gl.constexpr):
-        n_rows, n_cols, depth = sizes
+    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, n_rows, widths, SOFTCAP: gl.constexpr):
+        n_cols, depth = widths
+        sizes = (n_rows, n_cols, depth)
         tiles = gl.where(gl.load(needed_ptr) != 0, count_tiles(n_rows, n_cols, 2 * HALF), 0)
         steps = gl.cdiv(depth, DEPTH)
         a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
@@ -141,5 +142,5 @@ def exponentials(
     pointers = (shift, label, result, exponent, sums, tops)
     return _hopper.launch(
         _exponentials_kernel, factors, weight.shape[0], 2 * HALF.value,
-        pointers, needed, result.stride(0), scale * LOG2_E.value, (*result.shape, x.shape[1]), softcap,
+        pointers, needed, result.stride(0), scale * LOG2_E.value, len(x), (len(weight), x.shape[1]), softcap,
     )  # fmt: skip

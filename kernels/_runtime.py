@@ -71,6 +71,11 @@ def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return _here if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
+# Parameters that change with the batch and only tell where its rows end. Triton would compile for multiples of 16, for
+# other numbers and for 1, and come to (nearly) the same instructions each time.
+_COUNTS = ("n_rows", "n_tokens", "all_tokens", "col_blocks")
+
+
 class _Kernel:
     """A compiled-once Triton kernel whose launch costs half the host time of Triton's own.
 
@@ -80,7 +85,7 @@ class _Kernel:
     """
 
     def __init__(self, function: Callable, language: Any) -> None:
-        self.kernel = language.jit(function)
+        self.kernel = language.jit(function, do_not_specialize=_COUNTS)
         self.is_constant = [parameter.is_constexpr for parameter in self.kernel.params]
         self.variants: dict[tuple, Any] = {}
         functools.update_wrapper(self, function)

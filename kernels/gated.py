@@ -1,11 +1,13 @@
 """Gated linear units, act(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
+from typing import Any
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from ._activations import IN_TORCH, Activation, in_torch, in_triton, key_of
 from ._operators import operator
-from ._runtime import as_rows, jit, launch_device, tl, use_triton
+from ._runtime import as_rows, jit, launch_device, tl, triton, use_triton
 
 
 def glu_reference(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
@@ -44,6 +46,41 @@ def gated(gate, up, activation):
     return in_torch(activation)(gate) * up
 
 
+@triton.jit
+def _load(gate_ptr, up_ptr, row, gate_stride, up_stride, first, n_cols, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """gate and up from column `first` on; where they take turns, both from gate_ptr."""
+    if INTERLEAVED:
+        cols = 2 * first + tl.arange(0, 2 * BLOCK)
+        both = tl.load(gate_ptr + row * gate_stride + cols, mask=cols < 2 * n_cols, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(both, [BLOCK, 2]))
+    else:
+        cols = first + tl.arange(0, BLOCK)
+        gate = tl.load(gate_ptr + row * gate_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + row * up_stride + cols, mask=cols < n_cols, other=0.0).to(tl.float32)
+    return gate, up
+
+
+@triton.jit
+def _unit(gate, up, dy, ACTIVATE: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """y and, from its gradient, those of gate and up. For what a kernel does not use of them, nothing is loaded or
+    computed."""
+    held_gate = gate
+    factor = up
+    if LIMIT is not None:
+        # Written so that NaN passes, as it does in torch.clamp.
+        held_gate = tl.where(gate > LIMIT, LIMIT, gate)
+        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if OFFSET != 0:
+        factor = factor + OFFSET
+    value, slope = ACTIVATE(held_gate)
+    dgate = dy * factor * slope
+    dup = dy * value
+    if LIMIT is not None:
+        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
+        dup = tl.where(tl.abs(up) <= LIMIT, dup, 0.0)
+    return value * factor, dgate, dup
+
+
 @jit
 def _fwd_kernel(
     gate_ptr,
@@ -55,16 +92,18 @@ def _fwd_kernel(
     n_cols,
     col_blocks,
     ACTIVATE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
     row = (pid // col_blocks).to(tl.int64)
-    cols = (pid % col_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < n_cols
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, _ = ACTIVATE(gate)
-    tl.store(y_ptr + row * y_stride + cols, (value * up).to(y_ptr.dtype.element_ty), mask=mask)
+    first = (pid % col_blocks).to(tl.int64) * BLOCK
+    gate, up = _load(gate_ptr, up_ptr, row, gate_stride, up_stride, first, n_cols, INTERLEAVED, BLOCK)
+    y, _, _ = _unit(gate, up, 0.0, ACTIVATE, LIMIT, OFFSET)
+    cols = first + tl.arange(0, BLOCK)
+    tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=cols < n_cols)
 
 
 @jit
@@ -83,34 +122,37 @@ def _bwd_kernel(
     z_stride,
     n_cols,
     col_blocks,
-    NEED_DGATE: tl.constexpr,
-    NEED_DUP: tl.constexpr,
-    WRITE_Z: tl.constexpr,
     ACTIVATE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """What is not wanted is None; where gate and up take turns, so do their gradients, at dgate_ptr."""
     pid = tl.program_id(0)
     row = (pid // col_blocks).to(tl.int64)
-    cols = (pid % col_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = (pid % col_blocks).to(tl.int64) * BLOCK
+    cols = first + tl.arange(0, BLOCK)
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, slope = ACTIVATE(gate)
-    if NEED_DGATE or WRITE_Z:
-        up = tl.load(up_ptr + row * up_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if NEED_DGATE:
-        dgate = dy * up * slope
-        tl.store(dgate_ptr + row * dgate_stride + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    if NEED_DUP:
-        dup = dy * value
-        tl.store(dup_ptr + row * dup_stride + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
-    if WRITE_Z:
+    gate, up = _load(gate_ptr, up_ptr, row, gate_stride, up_stride, first, n_cols, INTERLEAVED, BLOCK)
+    z, dgate, dup = _unit(gate, up, dy, ACTIVATE, LIMIT, OFFSET)
+    if INTERLEAVED:
+        pairs = 2 * first + tl.arange(0, 2 * BLOCK)
+        both = tl.interleave(dgate, dup).to(dgate_ptr.dtype.element_ty)
+        tl.store(dgate_ptr + row * dgate_stride + pairs, both, mask=pairs < 2 * n_cols)
+    else:
+        if dgate_ptr is not None:
+            tl.store(dgate_ptr + row * dgate_stride + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        if dup_ptr is not None:
+            tl.store(dup_ptr + row * dup_stride + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    if z_ptr is not None:
         # z may lie over dy: no warp may write before all have read.
         tl.debug_barrier()
-        tl.store(z_ptr + row * z_stride + cols, (value * up).to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptr + row * z_stride + cols, z.to(z_ptr.dtype.element_ty), mask=mask)
 
 
-def grid_of(n_rows: int, n_cols: int) -> tuple[int, int, int]:
+def _grid_of(n_rows: int, n_cols: int) -> tuple[int, int, int]:
     """(programs, column blocks, block)."""
     block = min(1024, max(128, 1 << (n_cols - 1).bit_length()))
     col_blocks = -(-n_cols // block)
@@ -122,26 +164,50 @@ def halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, .
     return gate.chunk(2, dim=-1) if up is None else (gate, up)
 
 
-def _glu_result(gate, up, activation):
+def _parts(gate, up, interleaved):
+    """What the kernels take for gate and up."""
+    return (gate, None) if interleaved else halves(gate, up)
+
+
+def _layout(tensors, n_cols, interleaved):
+    """(the tensors as rows, the strides of these, their number, columns); one row where there are no gaps."""
+    if not interleaved and all(t is None or t.is_contiguous() for t in tensors):
+        return tensors, (0,) * len(tensors), 1, tensors[0].numel()
+    tensors = [None if t is None else as_rows(t) for t in tensors]
+    return tensors, [0 if t is None else t.stride(0) for t in tensors], tensors[0].shape[0], n_cols
+
+
+def _glu_result(gate, up, *options):
     gate, up = halves(gate, up)
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     return torch.empty(gate.shape, dtype=dtype, device=gate.device)
 
 
-@operator("glu(Tensor gate, Tensor? up, str activation) -> Tensor", _glu_result)
-def glu_forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """act(gate) * up by the kernel; not differentiable. gate is the packed gate and up if up is None."""
-    y = _glu_result(gate, up, activation)
-    gate, up = halves(gate, up)
-    if gate.is_contiguous() and up.is_contiguous():
-        n_rows, n_cols, strides = 1, y.numel(), (0, 0, 0)
-    else:
-        gate, up = as_rows(gate), as_rows(up)
-        n_rows, n_cols = gate.shape
-        strides = gate.stride(0), up.stride(0), n_cols
-    programs, col_blocks, block = grid_of(n_rows, n_cols)
+@operator(
+    "glu(Tensor gate, Tensor? up, str activation, float? limit=None, float offset=0.0, bool interleaved=False)"
+    " -> Tensor",
+    _glu_result,
+)
+def glu_forward(
+    gate: torch.Tensor,
+    up: torch.Tensor | None,
+    activation: str,
+    limit: float | None = None,
+    offset: float = 0.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """act(gate) * (up + offset) by the kernel; not differentiable. gate is the packed gate and up if up is None.
+
+    limit is as for `clamped_glu`, or None; interleaved as for `packed_clamped_glu`.
+    """
+    y = _glu_result(gate, up)
+    tensors, strides, n_rows, n_cols = _layout((*_parts(gate, up, interleaved), y), y.shape[-1], interleaved)
+    programs, col_blocks, block = _grid_of(n_rows, n_cols)
     with launch_device(gate):
-        _fwd_kernel[(programs,)](gate, up, y, *strides, n_cols, col_blocks, in_triton(activation), block, num_warps=4)
+        _fwd_kernel[(programs,)](
+            *tensors, *strides, n_cols, col_blocks,
+            in_triton(activation), limit, offset, interleaved, block, num_warps=4,
+        )  # fmt: skip
     return y
 
 
@@ -153,29 +219,33 @@ def glu_backward(
     need_gate: bool,
     need_up: bool,
     need_z: bool = False,
+    *options: Any,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of gate and of up, and `glu_forward`'s result again, in dy's shape; None for what is not needed.
 
     gate and its gradient are packed if up is None. If the result is needed dy is given up: it may be written over dy.
+    The options are those of `glu_forward` from limit on.
     """
-    found = iter(_backward(dy, gate, up, activation, need_gate, need_up, need_z))
+    found = iter(_backward(dy, gate, up, activation, need_gate, need_up, need_z, *options))
     dgate, dup, z = (next(found) if need else None for need in (need_gate, need_up, need_z))
     return dgate, dup, z
 
 
-def _backward_results(dy, gate, up, activation, need_gate, need_up, need_z):
+def _backward_results(dy, gate, up, activation, need_gate, need_up, need_z, *options):
     grads = [(gate, need_gate), (up, need_up)]
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in grads if need]
     return results + [torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)] * need_z
 
 
 @operator(
-    "glu_backward(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up, bool need_z)"
-    " -> Tensor[]",
+    "glu_backward(Tensor dy, Tensor gate, Tensor? up, str activation, bool need_gate, bool need_up, bool need_z,"
+    " float? limit=None, float offset=0.0, bool interleaved=False) -> Tensor[]",
     _backward_results,
     over_dy=False,
 )
-def _backward(dy, gate, up, activation, need_gate, need_up, need_z, over_dy=True):
+def _backward(
+    dy, gate, up, activation, need_gate, need_up, need_z, limit=None, offset=0.0, interleaved=False, over_dy=True
+):
     results = _backward_results(dy, gate, up, activation, need_gate, need_up, need_z and not over_dy)
     if need_z and over_dy:
         dy = dy.contiguous()
@@ -183,40 +253,33 @@ def _backward(dy, gate, up, activation, need_gate, need_up, need_z, over_dy=True
     grads = iter(results)
     dgate, dup, z = (next(grads) if need else None for need in (need_gate, need_up, need_z))
     if up is None and need_gate:
-        dgate, dup = dgate.view(-1, dgate.shape[-1]).chunk(2, dim=-1)
-    gate, up = halves(gate, up)
-    tensors = dy, gate, up, dgate, dup, z
-    if all(t is None or t.is_contiguous() for t in tensors):
-        n_rows, n_cols, strides = 1, gate.numel(), (0,) * 6
-    else:
-        dy, gate, up = as_rows(dy), as_rows(gate), as_rows(up)
-        n_rows, n_cols = gate.shape
-        tensors = dy, gate, up, dgate, dup, z
-        strides = [0 if t is None else n_cols if t.is_contiguous() else t.stride(0) for t in tensors]
-    programs, col_blocks, block = grid_of(n_rows, n_cols)
+        dgate, dup = _parts(dgate.view(-1, dgate.shape[-1]), None, interleaved)
+    tensors = dy, *_parts(gate, up, interleaved), dgate, dup, z
+    tensors, strides, n_rows, n_cols = _layout(tensors, dy.shape[-1], interleaved)
+    programs, col_blocks, block = _grid_of(n_rows, n_cols)
     with launch_device(gate):
         _bwd_kernel[(programs,)](
             *tensors, *strides, n_cols, col_blocks,
-            dgate is not None, dup is not None, z is not None, in_triton(activation), block, num_warps=4,
+            in_triton(activation), limit, offset, interleaved, block, num_warps=4,
         )  # fmt: skip
     return results
 
 
-class _GLU(torch.autograd.Function):
-    """gate is the packed gate and up if up is None."""
+class GLU(torch.autograd.Function):
+    """`glu_forward`, differentiable."""
 
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx, gate, up, activation, *options):
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return glu_forward(gate, up, activation)
+        ctx.activation, ctx.options = activation, options
+        return glu_forward(gate, up, activation, *options)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate, dup, _ = glu_backward(dy, gate, up, ctx.activation, *ctx.needs_input_grad[:2])
-        return dgate, dup, None
+        dgate, dup, _ = glu_backward(dy, gate, up, ctx.activation, *ctx.needs_input_grad[:2], False, *ctx.options)
+        return dgate, dup, None, *[None] * len(ctx.options)
 
 
 def check_activation(op: str, activation: str | Activation) -> None:
@@ -286,7 +349,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "si
     if not use_triton(gate, up):
         return glu_reference(gate, up, activation)
     check_glu("glu", gate, up, activation)
-    return _GLU.apply(gate, up, key_of(activation))
+    return GLU.apply(gate, up, key_of(activation))
 
 
 def packed_glu(gate_up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
@@ -316,4 +379,4 @@ def packed_glu(gate_up: torch.Tensor, activation: str | Activation = "silu") -> 
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
     check_packed_glu("packed_glu", gate_up, activation)
-    return _GLU.apply(gate_up, None, key_of(activation))
+    return GLU.apply(gate_up, None, key_of(activation))

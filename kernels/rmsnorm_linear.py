@@ -82,6 +82,46 @@ def stream_of(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, h: torch
     return stream
 
 
+def layers_backward(
+    needs: Sequence[bool],
+    norm: tuple,
+    dh: torch.Tensor | None,
+    y: torch.Tensor | None,
+    douts: Sequence[torch.Tensor | None],
+    weights: Sequence[torch.Tensor],
+    need_weights: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None]]:
+    """The gradients of x, the residual, the norm's weight and the layers' weights.
+
+    Args:
+        needs: whether those of x, the residual and the norm's weight are needed.
+        norm: (h, norm_weight, rstd, eps, offset, cast_after).
+        dh: the gradient of the residual stream h.
+        y: the norm's result, or None if it was not kept.
+        douts: the gradients of the layers' results, [rows, N_i]; None for one that went unused.
+    """
+    h, norm_weight, rstd, eps, offset, cast_after = norm
+    need_x, need_residual, need_norm = needs
+    need_dx = need_x or need_residual
+    need_weights = [need and d is not None for need, d in zip(need_weights, douts, strict=True)]
+    factors = [(d, weight) for d, weight in zip(douts, weights, strict=True) if d is not None]
+    dx, dnorm = dh if need_dx else None, None
+    if factors and (need_dx or need_norm):
+        more = [list(parts) for parts in zip(*factors[1:], strict=True)] or [[], []]
+        dy = sum_of_products(*factors[0], *more).view(h.shape)
+        need_y = y is None and need_dx and any(need_weights)  # it takes the place of its gradient
+        dx, dnorm, again = rmsnorm.backward(
+            dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, need_y
+        )
+        y = again if need_y else y
+    if y is None and any(need_weights):
+        y, _, _ = rmsnorm.forward(h, None, norm_weight, eps, offset, cast_after)
+    if y is not None:
+        y = y.view(-1, y.shape[-1])
+    dweights = [torch.mm(d.t(), y) if need else None for d, need in zip(douts, need_weights, strict=True)]
+    return dx if need_x else None, dx if need_residual else None, dnorm, dweights
+
+
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, norm_weight, options, *layers):
@@ -101,35 +141,15 @@ class _RMSNormLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         *douts, dh = grads
         h, norm_weight, rstd, y, *weights = ctx.saved_tensors
-        eps, offset, cast_after = ctx.options
-        need_x, need_r, need_norm, _, *needs = ctx.needs_input_grad
-        need_w, need_b = needs[: len(weights)], needs[len(weights) :]
+        needs, layers = ctx.needs_input_grad[:3], ctx.needs_input_grad[4:]
+        need_w, need_b = layers[: len(weights)], layers[len(weights) :]
         # A layer whose output went unused has no gradient.
         douts = [d if d is None else d.reshape(-1, d.shape[-1]) for d in douts]
-        need_w = [need and d is not None for need, d in zip(need_w, douts, strict=True)]
-        need_b = [need and d is not None for need, d in zip(need_b, douts, strict=True)]
-        need_dx = need_x or need_r
-        dx = dnorm = None
+        norm = (h, norm_weight, rstd, *ctx.options)
         with no_autocast(h):
-            if need_dx or need_norm:
-                factors = [(d, weight) for d, weight in zip(douts, weights, strict=True) if d is not None]
-                if not factors:
-                    dx = dh if need_dx else None
-                else:
-                    more = [list(parts) for parts in zip(*factors[1:], strict=True)] or [[], []]
-                    dy = sum_of_products(*factors[0], *more).view(h.shape)
-                    need_y = y is None and need_dx and any(need_w)  # it takes the place of its gradient
-                    dx, dnorm, again = rmsnorm.backward(
-                        dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, need_y
-                    )
-                    y = again if y is None else y
-            if y is None and any(need_w):
-                y, _, _ = rmsnorm.forward(h, None, norm_weight, eps, offset, cast_after)
-            if y is not None:
-                y = y.view(-1, y.shape[-1])
-            dweights = [torch.mm(d.t(), y) if need else None for d, need in zip(douts, need_w, strict=True)]
-            dbiases = [d.sum(0) if need else None for d, need in zip(douts, need_b, strict=True)]
-        return dx if need_x else None, dx if need_r else None, dnorm, None, *dweights, *dbiases
+            dx, dresidual, dnorm, dweights = layers_backward(needs, norm, dh, y, douts, weights, need_w)
+            dbiases = [d.sum(0) if need and d is not None else None for d, need in zip(douts, need_b, strict=True)]
+        return dx, dresidual, dnorm, None, *dweights, *dbiases
 
 
 def _check(x, norm_weight, weights, biases, residual, cast):

@@ -8,11 +8,11 @@ from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
 from ._activations import Activation, key_of
-from ._linear import no_autocast, sum_of_products
+from ._linear import no_autocast
 from ._runtime import use_triton
 from .gated_linear import glu_linear_backward
 from .gated_mlp import check_mlp, mlp, mlp_reference, projected_glu
-from .rmsnorm_linear import fuses, stream_of
+from .rmsnorm_linear import fuses, layers_backward, stream_of
 
 
 def rms_norm_mlp_reference(
@@ -66,37 +66,27 @@ class _RMSNormMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dh):
         h, norm_weight, rstd, gate_weight, up_weight, weight, gate, up, z = ctx.saved_tensors
-        eps, offset, cast_after, activation = ctx.options
+        *options, activation = ctx.options
         need_x, need_r, need_norm, need_gate, need_up, need_w, _ = ctx.needs_input_grad
-        need_dx = need_x or need_r
         packed = up_weight is None
         if dout is None:  # the MLP's result went unused
             return dh if need_x else None, dh if need_r else None, *(None,) * 5
-        dx = dnorm = dgate = dup = dgate_weight = dup_weight = dweight = None
+        dweight = None
         dout = dout.reshape(-1, dout.shape[-1])
         with no_autocast(h):
-            need_dy = need_dx or need_norm
+            need_dy = need_x or need_r or need_norm
             need_z = need_w and z is None
             wanted = need_dy or need_gate, (need_dy or need_up) and not packed, need_z
             dgate, dup, again = glu_linear_backward(dout, weight, gate, up, activation, *wanted)
             if need_w:
                 dweight = torch.mm(dout.t(), again if need_z else z)
                 z = again = None
-            y = None
-            if need_dy:
-                more = ([], []) if packed else ([dup], [up_weight])
-                dy = sum_of_products(dgate, gate_weight, *more).view(h.shape)
-                need_y = need_dx and (need_gate or need_up)  # it takes the place of its gradient
-                dx, dnorm, y = rmsnorm.backward(
-                    dy, dh, h, norm_weight, rstd, offset, cast_after, need_dx, need_norm, need_y
-                )
-            if need_gate or need_up:
-                if y is None:
-                    y, _, _ = rmsnorm.forward(h, None, norm_weight, eps, offset, cast_after)
-                y = y.view(-1, y.shape[-1])
-                dgate_weight = torch.mm(dgate.t(), y) if need_gate else None
-                dup_weight = torch.mm(dup.t(), y) if need_up else None
-        return dx if need_x else None, dx if need_r else None, dnorm, dgate_weight, dup_weight, dweight, None
+            layers = [(dgate, gate_weight, need_gate)] + ([] if packed else [(dup, up_weight, need_up)])
+            norm = (h, norm_weight, rstd, *options)
+            dx, dresidual, dnorm, dweights = layers_backward(
+                (need_x, need_r, need_norm), norm, dh, None, *zip(*layers, strict=True)
+            )
+        return dx, dresidual, dnorm, *dweights, *[None] * packed, dweight, None
 
 
 def _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation):

@@ -219,9 +219,10 @@ if sys.argv[1] == "exponentials":
     kernel, constants = _hopper_loss._exponentials_kernel, {"SOFTCAP": 30.0}
     factors = {"x_d": descriptor(128, 64), "weight_d": descriptor(256, 64)}
     rest = {"pointers": ("*fp32", "*i32", "*bf16", "*fp32", "*fp32", "*fp32"), "needed_ptr": "*i32"}
-    rest |= {"stride": "i32", "scale": "fp32", "sizes": ("i32",) * 3, "SOFTCAP": "constexpr"}
+    rest |= {"stride": "i32", "scale": "fp32", "n_rows": "i32", "widths": ("i32",) * 2, "SOFTCAP": "constexpr"}
 else:
-    rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n, "sizes": ("i32",) * 3, "ACTIVATE": "constexpr"}
+    rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n}
+    rest |= {"n_rows": "i32", "widths": ("i32",) * 2, "ACTIVATE": "constexpr"}
 source = GluonASTSource(kernel.kernel, factors | rest, constants)
 compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 ptx = compiled.asm["ptx"]

@@ -126,7 +126,7 @@ def _operator_calls(device):
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
         yield ops.rms_norm_backward, (h.clone(), h.clone(), h, w, rstd, 0.0, False, *needs)
         yield ops.glu_backward, (h.clone(), h, h.clone(), "silu", *needs)
-        yield ops.clamped_glu_backward, (h.clone(), h, h.clone(), 7.0, 1.702, 1.0, False, *needs[:2])
+        yield ops.glu_backward, (h.clone(), h, h.clone(), "silu", *needs, 7.0, 1.0, False)
     a, b = torch.randn(4, 10, 16, device=device), torch.randn(4, 16, 32, device=device)
     yield ops.sum_of_products, (a[0], b[0], list(a[1:]), list(b[1:]))
     for needs in ((True, True, True), (False, True, False)):
@@ -139,8 +139,8 @@ def _operator_calls(device):
     yield ops.projected_glu, (h[0], b[0], None, "relu")
     packed = torch.randn(2, 5, 64, device=device)
     yield ops.glu, (packed, None, "relu")
-    yield ops.clamped_glu, (packed, None, 7.0, 1.702, 1.0, True)
-    yield ops.clamped_glu_backward, (h, packed, None, 7.0, 1.702, 1.0, True, True, False)
+    yield ops.glu, (packed, None, "silu", 7.0, 1.0, True)
+    yield ops.glu_backward, (h, packed, None, "silu", True, False, False, 7.0, 1.0, True)
     yield ops.glu_backward, (h, packed, None, "relu", True, False, True)
     q, k = (torch.randn(2, 5, n, 16, device=device).transpose(1, 2) for n in (4, 2))
     cos, sin = _tables(device)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -6,8 +7,8 @@ import pytest
 import ligerfx.kernels as kernels
 
 
-def _python(code: str) -> None:
-    subprocess.run([sys.executable, "-c", code], check=True)
+def _python(code: str, **environment: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | environment)
 
 
 def test_import_loads_neither_torch_nor_triton():
@@ -56,3 +57,23 @@ def test_names():
     assert set(kernels.__all__) <= set(dir(kernels))
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         kernels.nothing_of_the_kind  # noqa: B018
+
+
+def test_one_compilation_serves_any_number_of_rows():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    _python(
+        "import torch\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from triton.runtime.driver import driver\n"
+        "from ligerfx.kernels.rmsnorm import _sum_rows_kernel\n"
+        "class WithoutGPU:\n"
+        "    get_current_target = lambda self: GPUTarget('cuda', 90, 32)\n"
+        "    get_current_device = get_current_stream = lambda self, *_: 0\n"
+        "driver.set_active(WithoutGPU())\n"
+        "def compiled(n_rows, n_cols):\n"
+        "    arguments = (torch.float32, torch.float32, n_rows, n_cols, 256, 16)\n"
+        "    return _sum_rows_kernel.kernel.warmup(*arguments, grid=(1,), num_warps=8)\n"
+        "first = compiled(512, 64)\n"
+        "assert compiled(509, 64) is compiled(1, 64) is first is not compiled(512, 65)",
+        TRITON_INTERPRET="0",
+    )

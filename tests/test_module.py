@@ -410,6 +410,25 @@ def test_weights_replaced_and_resized(llama):
     assert_same(optimised, model, batch(llama))
 
 
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
+@pytest.mark.parametrize("where", ["in the table", "beside the table"])
+def test_weight_exchanged_between_calls(llama, path, where):
+    """The short way of a call like the last one takes a weight from where the module itself finds it."""
+    optimised, model = both(copy.deepcopy(llama))
+    inputs = batch(llama)
+    for _ in range(2):
+        assert_same(optimised, model, inputs)
+    weight = nn.Parameter(model.get_submodule(path).weight.detach() * -0.5)
+    for m in (optimised, model):
+        layer = m.get_submodule(path)
+        if where == "in the table":
+            layer.weight = weight
+        else:
+            vars(layer)["weight"] = weight  # as FSDP1 does, with the original parameters in the table
+    for _ in range(2):
+        assert_same(optimised, model, inputs)
+
+
 @pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp", "model.norm"])
 def test_forward_replaced_on_an_instance(llama, path):
     optimised, model = both(llama)

@@ -36,7 +36,7 @@ from .registry import referenced, references
 from .rewriter import rewrite
 from .shadow import exposes_parameters
 from .sharded import is_fully_sharded
-from .signature import autocast_key, call_key
+from .signature import call_key
 from .source import describe_error
 from .symbols import FakeInputs
 from .tracer import Tracer
@@ -315,7 +315,6 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
 def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
     """The program that serves this call, learnt now if need be; None for the original forward."""
     key, leaves = call_key(args, kwargs)
-    key = (*key, *autocast_key())
     programs = module._ligerfx_programs
     known = programs.get(key)
     if known is not None:
@@ -347,7 +346,7 @@ def _remember(module: OptimizedModule, program: Program, forward: Callable, args
     """Lets the next call like this one take the short way."""
     if "_ligerfx_edited" in module.__dict__:
         return
-    kind = structure(module), call_key(args, kwargs)[0], len(args), autocast_key()
+    kind = structure(module), call_key(args, kwargs)[0], len(args)
     if kind not in program.entries:
         program.entries[kind] = entry_for(program, module, forward, args, kwargs)
     if entry := program.entries[kind]:

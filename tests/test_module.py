@@ -477,6 +477,25 @@ def test_autocast(llama):
 # -- copies --------------------------------------------------------------------------------------------------
 
 
+def test_optimized_under_autocast():
+    """What was captured there does not serve elsewhere, where a linear layer has another dtype."""
+
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, H)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y.float().exp().to(y.dtype)
+
+    model, x = Rounded(), torch.randn(2, 3, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimised = ligerfx.optimize(model, (x,))
+        assert model(x).dtype == torch.bfloat16 and torch.equal(optimised(x), model(x))
+    assert optimised(x).dtype == torch.float32 and torch.equal(optimised(x), model(x))
+
+
 def pickled(module):
     return pickle.loads(pickle.dumps(module))
 

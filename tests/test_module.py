@@ -284,6 +284,20 @@ def test_layers_alike_learn_once(family, use_cache, monkeypatch):
     assert not captured
 
 
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_a_first_call_with_a_cache_captures_no_module_twice(llama, padding, monkeypatch):
+    """The backbone, which makes the cache, cannot be captured: that is found out once, with its caller. So is the graph
+    of the layers, where they are called as they were then."""
+    captured = []
+    trace = Tracer.trace
+    optimised, model = ligerfx.optimize(llama), copy.deepcopy(llama)  # captured without a cache
+    monkeypatch.setattr(Tracer, "trace", lambda self, *a: captured.append(type(self.root).__name__) or trace(self, *a))
+    inputs = batch(llama, padding=padding)
+    assert_same(optimised, model, inputs)
+    # Without padding the model leaves the mask out, which depends on its values.
+    assert captured == ["LlamaForCausalLM"] + ["LlamaDecoderLayer"] * (padding is None)
+
+
 def test_a_layer_takes_over_what_optimize_captured_of_a_twin(llama, monkeypatch):
     inputs = batch(llama, padding="left")  # the mask is a tensor, as for all that capture knows
     optimised = ligerfx.optimize(llama, inputs | {"use_cache": False})

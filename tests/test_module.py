@@ -466,6 +466,33 @@ def test_hook_fires(llama, path, when):
     assert_same(optimised, model, batch(llama))
 
 
+def test_hooks_that_gather_nothing(llama):
+    """DeepSpeed's ZeRO-3 hooks every module. One without parameters needs no call for that, unless somebody else hooks
+    it, too."""
+    optimised, model = both(llama)
+    fired = []
+
+    def gather(module, *_):
+        fired.append(module)
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    mlp = optimised.model.layers[0].mlp
+    for module in mlp.modules():
+        module.register_forward_hook(gather)
+    for _ in range(2):
+        fired.clear()
+        assert_same(optimised, model, batch(llama))
+        assert fired == [mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp]
+    (*_, program), *_ = mlp._ligerfx_programs.values()
+    assert "kernels_glu(gate_proj, up_proj)" in program.code
+    for m in (optimised, model):
+        m.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, inputs, out: out * 2)
+    for _ in range(2):
+        fired.clear()
+        assert_same(optimised, model, batch(llama))
+        assert mlp.act_fn in fired
+
+
 def test_train_and_eval():
     model = make("llama", attention_dropout=0.5)
     optimised, inputs = optimized(model), batch(model)

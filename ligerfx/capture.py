@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 
 from .constants import PLAIN
 from .names import Name
-from .sharded import is_view_of_flat
+from .sharded import gathers_nothing, is_view_of_flat
 from .traced_numbers import TracedInt, plain
 
 OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -254,13 +254,9 @@ def runs_its_forward(module: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more, or other, than the forward of its class."""
-    state = module.__dict__
     return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "_ligerfx_edited" in state
+        (has_own_hooks(module) and not gathers_nothing(module))
+        or "_ligerfx_edited" in module.__dict__
         or _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks

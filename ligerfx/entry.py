@@ -5,7 +5,8 @@ costs more than a graph saves. So a call that was served leaves an entry with th
 just this kind of call, that checks the same in one go and runs the graph, or else gives `MISS`. What it checks is
 never less; where a check is not short, it makes the general one.
 
-The graph that it runs gets the modules that it calls as inputs, since they have been looked up already.
+The graph that it runs gets the modules that it calls and the parameters that it reads as inputs, since they have been
+looked up already.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import GLOBAL_HOOKS, OWN_HOOKS, AnyInt, Read, StandsFor
+from .capture import GLOBAL_HOOKS, OWN_HOOKS, AnyInt, Read, StandsFor, has_own_hooks
 from .deferred import settled_if_sharded
 from .names import hold
 from .signature import autocast_key
@@ -41,6 +42,7 @@ class _Source:
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
         self.modules: dict[str, str] = {"": "m"}  # what holds the module of a path
+        self.states: dict[str, str] = {}  # and what its attributes
 
     def constant(self, value: Any) -> str:
         name = f"c{len(self.names)}"
@@ -54,8 +56,15 @@ class _Source:
         if path not in self.modules:
             outer, _, name = path.rpartition(".")
             self.modules[path] = found = f"m{len(self.modules)}"
-            self.lines.append(f"{found} = {self.module(outer)}._modules[{name!r}]")
+            self.lines.append(f"{found} = {self.state(outer)}['_modules'][{name!r}]")
         return self.modules[path]
+
+    def state(self, path: str) -> str:
+        if path not in self.states:
+            module = self.module(path)
+            self.states[path] = found = f"d{module[1:]}"
+            self.lines.append(f"{found} = {module}.__dict__")
+        return self.states[path]
 
 
 def entry_for(
@@ -73,20 +82,22 @@ def entry_for(
         leaves = list(_arguments(source, args, kwargs))
     except _NoEntry:
         return None
-    source.lines.append(f"x = ({''.join(leaf + ', ' for leaf in leaves)})")
     conditions = " and ".join(program.conditions)
     for index in sorted({int(i) for i in re.findall(r"x\[(\d+)\]\.shape", conditions)}):
-        source.lines.append(f"s{index} = x[{index}].shape")
+        source.lines.append(f"s{index} = {leaves[index]}.shape")
     if conditions:
-        source.check(re.sub(r"x\[(\d+)\]\.shape", r"s\1", conditions))
+        conditions = re.sub(r"x\[(\d+)\]\.shape", r"s\1", conditions)
+        source.check(re.sub(r"x\[(\d+)\]", lambda leaf: leaves[int(leaf[1])], conditions))
     if program.capture.error is None:
         _check_modules(source, program.checks, module)
         _check_names(source, program)
     if program.function is None:
         result = "forward(m, *args, **kwargs)"
     else:
-        graph, paths = _with_modules_as_inputs(program.capture.graph, program.capture.absorbed)
-        given = [f"x[{i}]" for i in program.capture.leaves] + [source.module(path) for path in paths]
+        graph, paths = _with_modules_as_inputs(program.capture.graph, module, program.capture.absorbed)
+        given = [leaves[i] for i in program.capture.leaves] + [
+            f"{source.state(path)}['_parameters'][{name!r}]" if name else source.module(path) for path, name in paths
+        ]
         result = f"run({', '.join(['m', *given])})"
         source.names["run"] = _function(graph)
     if program.defers_logits:
@@ -160,17 +171,19 @@ def _check_read(source: _Source, read: Read) -> None:
     owner = source.module(read.path)
     general = f"{source.constant(read)}.same({owner})"
     value = source.constant(read.value)
-    if type(read) is AnyInt:
-        source.check(f"type({owner}.__dict__.get({read.name!r})) is int")
-    elif type(read) is not Read:
+    if type(read) is not Read and type(read) is not AnyInt:
         source.check(general)
+        return
+    state = source.state(read.path)
+    if type(read) is AnyInt:
+        source.check(f"type({state}[{read.name!r}]) is int")
     elif not read.can_change:
-        source.check(f"{owner}.__dict__.get({read.name!r}, absent) is {value} or {general}")
+        source.check(f"{state}.get({read.name!r}, absent) is {value} or {general}")
     elif isinstance(read.state, dict) and not isinstance(read.value, dict):  # a configuration
         # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
-        kind, state = source.constant(type(read.value)), source.constant(read.state)
-        source.lines.append(f"v = {owner}.__dict__[{read.name!r}]")
-        source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {state}")
+        kind, known = source.constant(type(read.value)), source.constant(read.state)
+        source.lines.append(f"v = {state}[{read.name!r}]")
+        source.check(f"type(v) is {kind} and attribute_of(v, '__dict__') == {known}")
     else:
         source.check(general)
 
@@ -192,58 +205,74 @@ def _check_names(source: _Source, program: Program) -> None:
 def _check_stands_for(source: _Source, check: StandsFor, module: nn.Module) -> None:
     """`check.same`, of a module like this one, for which that holds, and whose parameters are where nn.Module keeps
     them. Global hooks are checked elsewhere."""
-    path = check.path
-    source.lines.append(f"d = {source.module(path)}.__dict__")
-    source.lines.append("t = d['_parameters']")
-    wrong = [f"type({source.module(path)}) is not {source.constant(type(module))}"]
-    wrong += [f"d[{name!r}]" for name in OWN_HOOKS]
-    wrong += [f"{name!r} in d" for name in dict.fromkeys(("forward", "_ligerfx_edited", *check.methods))]
+    if has_own_hooks(module):  # which do nothing there
+        source.check(f"{source.constant(check)}.same({source.module(check.path)})")
+        return
+    state = source.state(check.path)
+    source.lines.append(f"t = {state}['_parameters']")
+    wrong = [f"type({source.module(check.path)}) is not {source.constant(type(module))}"]
+    wrong += [f"{state}[{name!r}]" for name in OWN_HOOKS]
+    hiding = (name for name in check.parameters if name in module._parameters)
+    wrong += [f"{name!r} in {state}" for name in dict.fromkeys(("forward", "_ligerfx_edited", *check.methods, *hiding))]
     wrong += [f"len(t) != {len(module._parameters)}"]
-    wrong += [f"(t[{name!r}] is None) is {value is not None}" for name, value in module._parameters.items()]
+    wrong += [f"t[{name!r}] is {'not ' * (v is None)}None" for name, v in module._parameters.items()]
     source.lines.append(f"if {' or '.join(wrong)}: return MISS")
 
 
-def _with_modules_as_inputs(graph: Graph, absorbed: dict[str, tuple]) -> tuple[Graph, list[str]]:
-    """A copy of the graph that gets modules as further inputs, and their paths; `self` is its first input still."""
+def _with_modules_as_inputs(
+    graph: Graph, module: nn.Module, absorbed: dict[str, tuple]
+) -> tuple[Graph, list[tuple[str, str]]]:
+    """A copy of the graph of `module` that gets modules and parameters as further inputs: their paths, and of a
+    parameter its name; `self` is its first input still."""
     new = Graph()
     values: dict[Node, Node] = {}
-    inputs: dict[str, Node] = {}
+    inputs: dict[tuple[str, str], Node] = {}
+    wanted: dict[Node, tuple[str, str]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             values[node] = new.node_copy(node)
-
-    def module(path: str) -> Node:
-        if path not in inputs:
-            inputs[path] = new.placeholder("module_" + path.replace(".", "_"))
-        return inputs[path]
-
-    wanted = [_module_of(node, absorbed) for node in graph.nodes]
-    for path in dict.fromkeys(p for p in wanted if p is not None):
-        module(path)
-    for node, path in zip(graph.nodes, wanted, strict=True):
+        elif found := _input_for(node, module, absorbed):
+            wanted[node] = found
+    for path, name in dict.fromkeys(wanted.values()):
+        inputs[path, name] = new.placeholder(f"{'parameter' if name else 'module'}_{path}_{name}".replace(".", "_"))
+    for node in graph.nodes:
         if node.op == "placeholder":
             continue
-        if path is None:
+        if node not in wanted:
             values[node] = new.node_copy(node, values.__getitem__)
-        elif node.op == "call_module":
+            continue
+        path, name = wanted[node]
+        if node.op == "call_module":
             args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = new.call_method("__call__", (module(path), *args), kwargs)
-        elif path == node.target:
-            values[node] = module(path)
+            values[node] = new.call_method("__call__", (inputs[path, name], *args), kwargs)
+        elif name or path == node.target:
+            values[node] = inputs[path, name]
         else:
-            # Not from its table of parameters: FSDP1 keeps whole weights beside it.
-            values[node] = new.call_function(getattr, (module(path), node.target.rpartition(".")[2]))
+            values[node] = new.call_function(getattr, (inputs[path, name], node.target.rpartition(".")[2]))
     return new, list(inputs)
 
 
-def _module_of(node: Node, absorbed: dict[str, tuple]) -> str | None:
-    """The module that a node calls, is, or has as a parameter that it was checked to have; None for other nodes."""
+def _input_for(node: Node, module: nn.Module, absorbed: dict[str, tuple]) -> tuple[str, str] | None:
+    """The module that a node calls, is, or takes an attribute of; the parameter of one that was checked to have it;
+    None for other nodes."""
     if node.op == "call_module" or (node.op == "get_attr" and isinstance(node.meta.get("val"), nn.Module)):
-        return None if node.target == "itself" else node.target
-    if node.op != "get_attr":
+        return None if node.target == "itself" else (node.target, "")
+    path, _, name = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+    owner = _below(module, path)
+    if owner is None:
         return None
-    owner, _, name = node.target.rpartition(".")
-    return owner if owner in absorbed and name in absorbed[owner][1] else None
+    # FSDP1 keeps whole weights beside the table of parameters.
+    in_table = path in absorbed and name in absorbed[path][1] and owner._parameters.get(name) is getattr(owner, name)
+    return path, name if in_table else ""
+
+
+def _below(module: nn.Module, path: str) -> nn.Module | None:
+    """The module of a path that names submodules only, and not the module itself."""
+    if not path:
+        return None
+    for name in path.split("."):
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return module
 
 
 def _function(graph: Graph) -> Callable:

@@ -36,7 +36,7 @@ from .registry import referenced, references
 from .rewriter import rewrite
 from .shadow import exposes_parameters
 from .sharded import is_fully_sharded
-from .signature import autocast_key, call_key
+from .signature import call_key
 from .source import describe_error
 from .symbols import FakeInputs
 from .tracer import Tracer
@@ -86,6 +86,7 @@ class Session:
     refuse: Callable[[Match], str | None] | None = None  # asked about each match; says why it must not be rewritten
     limit: int | None = None  # how many rewrites a program has at most
     programs: dict[tuple, list[Program]] = field(default_factory=dict)
+    captured: dict[tuple, tuple[Capture, FakeInputs]] = field(default_factory=dict)  # in a caller, and not yet compiled
     lock: Any = field(default_factory=threading.RLock)
 
     def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
@@ -136,18 +137,36 @@ class Session:
         )
 
     def program_for(self, module: nn.Module, key: tuple, leaves: list, args: tuple, kwargs: dict) -> Program:
-        """The program for a call of `module` with a signature that it has not seen: a twin's, or a new one."""
-        programs = self.programs.setdefault((structure(module), key), [])
+        """The program for a call of `module` with a signature that it has not seen: a twin's, one that was captured
+        with a caller's, or a new one."""
+        kind = structure(module), key
+        programs = self.programs.setdefault(kind, [])
+        if kind in self.captured:
+            programs.append(self._learnt(*self.captured.pop(kind)))
         for program in programs:
             if program.guard(module, leaves):
                 return program
         tracer = Tracer(module, original_class=original_class)
         capture = tracer.trace(args, kwargs)
-        program = self.compile(capture, tracer.fakes)
-        if not program.changed:
-            program.function = None
+        self._keep_those_inside(capture, module, tracer.fakes, {})
+        program = self._learnt(capture, tracer.fakes)
         programs.append(program)
         return program
+
+    def _learnt(self, capture: Capture, fakes: FakeInputs) -> Program:
+        program = self.compile(capture, fakes)
+        if not program.changed:
+            program.function = None
+        return program
+
+    def _keep_those_inside(self, capture: Capture, module: nn.Module, fakes: FakeInputs, memo: dict) -> None:
+        """Keeps what was captured of the modules inside, for calls of theirs if this one's forward runs as it is. A
+        failure counts where nothing about the inputs was guessed."""
+        for path, sub in capture.children:
+            inner = module.get_submodule(path)
+            if not sub.error or not (capture.error or any(map(fakes.is_measured, sub.leaf_values))):
+                self.captured[structure(inner, memo), sub.key] = sub, fakes
+            self._keep_those_inside(sub, inner, fakes, memo)
 
     def __deepcopy__(self, memo: dict) -> Session:
         return Session(self.patterns, self.refuse, self.limit)
@@ -315,7 +334,6 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
 def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
     """The program that serves this call, learnt now if need be; None for the original forward."""
     key, leaves = call_key(args, kwargs)
-    key = (*key, *autocast_key())
     programs = module._ligerfx_programs
     known = programs.get(key)
     if known is not None:
@@ -347,7 +365,7 @@ def _remember(module: OptimizedModule, program: Program, forward: Callable, args
     """Lets the next call like this one take the short way."""
     if "_ligerfx_edited" in module.__dict__:
         return
-    kind = structure(module), call_key(args, kwargs)[0], len(args), autocast_key()
+    kind = structure(module), call_key(args, kwargs)[0], len(args)
     if kind not in program.entries:
         program.entries[kind] = entry_for(program, module, forward, args, kwargs)
     if entry := program.entries[kind]:

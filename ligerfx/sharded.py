@@ -98,6 +98,18 @@ def torchs_own_linear() -> Iterator[None]:
             F.linear = current
 
 
+_ZERO = {"deepspeed.runtime.zero.parameter_offload", "deepspeed.utils.nvtx"}
+"""The files of ZeRO-3's hooks, and of what wraps one of them."""
+
+
+def gathers_nothing(module: nn.Module) -> bool:
+    """Whether all hooks of a module are ZeRO-3's, which gather the parameters that a module has, and it has none."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    of_zero = all(getattr(hook, "__module__", "") in _ZERO for hook in hooks)
+    others = module._backward_hooks or module._backward_pre_hooks or vars(module).get("_external_params")
+    return of_zero and not others and next(module.parameters(), None) is None
+
+
 def is_hook_of_fsdp(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # FSDP1 registers a partial
     return getattr(function, "__module__", "").startswith("torch.distributed.fsdp.")

@@ -14,7 +14,8 @@ def call_key(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[Any]]:
     """Splits a call into a hashable key and its variable leaves.
 
     The key holds the structure of the arguments, every constant (strings, bools, None, dtypes, devices), and
-    the dtype, rank and device of every tensor. The leaves are the tensors, numbers and foreign objects, in order.
+    the dtype, rank and device of every tensor, and that of autocast. The leaves are the tensors, numbers and foreign
+    objects, in order.
     """
     key: list[Any] = []
     leaves: list[Any] = []
@@ -23,7 +24,7 @@ def call_key(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[Any]]:
     for name, value in kwargs.items():
         key.append(name)
         _flatten(value, key, leaves)
-    return tuple(key), leaves
+    return (*key, *autocast_key()), leaves
 
 
 def autocast_key() -> tuple:

@@ -114,6 +114,10 @@ class FakeInputs:
     def knows_size(self, size: int | torch.SymInt) -> bool:
         return all(symbol in self.shape_env.backed_var_to_val for symbol in expression(size).free_symbols)
 
+    def is_measured(self, value: Any) -> bool:
+        """Whether a size of a tensor does not follow from those of the inputs."""
+        return not symbols_of(value) <= {symbol for size in self._sizes.values() for symbol in symbols_of(size)}
+
     def _new_size(self, hint: int, name: str) -> torch.SymInt:
         source = SizeSource(name)
         symbol = self.shape_env.create_symbol(hint, source, DimDynamic.DYNAMIC, constraint_dim=None)

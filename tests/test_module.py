@@ -284,6 +284,20 @@ def test_layers_alike_learn_once(family, use_cache, monkeypatch):
     assert not captured
 
 
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_a_first_call_with_a_cache_captures_no_module_twice(llama, padding, monkeypatch):
+    """The backbone, which makes the cache, cannot be captured: that is found out once, with its caller. So is the graph
+    of the layers, where they are called as they were then."""
+    captured = []
+    trace = Tracer.trace
+    optimised, model = ligerfx.optimize(llama), copy.deepcopy(llama)  # captured without a cache
+    monkeypatch.setattr(Tracer, "trace", lambda self, *a: captured.append(type(self.root).__name__) or trace(self, *a))
+    inputs = batch(llama, padding=padding)
+    assert_same(optimised, model, inputs)
+    # Without padding the model leaves the mask out, which depends on its values.
+    assert captured == ["LlamaForCausalLM"] + ["LlamaDecoderLayer"] * (padding is None)
+
+
 def test_a_layer_takes_over_what_optimize_captured_of_a_twin(llama, monkeypatch):
     inputs = batch(llama, padding="left")  # the mask is a tensor, as for all that capture knows
     optimised = ligerfx.optimize(llama, inputs | {"use_cache": False})
@@ -410,6 +424,25 @@ def test_weights_replaced_and_resized(llama):
     assert_same(optimised, model, batch(llama))
 
 
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
+@pytest.mark.parametrize("where", ["in the table", "beside the table"])
+def test_weight_exchanged_between_calls(llama, path, where):
+    """The short way of a call like the last one takes a weight from where the module itself finds it."""
+    optimised, model = both(copy.deepcopy(llama))
+    inputs = batch(llama)
+    for _ in range(2):
+        assert_same(optimised, model, inputs)
+    weight = nn.Parameter(model.get_submodule(path).weight.detach() * -0.5)
+    for m in (optimised, model):
+        layer = m.get_submodule(path)
+        if where == "in the table":
+            layer.weight = weight
+        else:
+            vars(layer)["weight"] = weight  # as FSDP1 does, with the original parameters in the table
+    for _ in range(2):
+        assert_same(optimised, model, inputs)
+
+
 @pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.act_fn", "model.layers.0.mlp", "model.norm"])
 def test_forward_replaced_on_an_instance(llama, path):
     optimised, model = both(llama)
@@ -431,6 +464,33 @@ def test_hook_fires(llama, path, when):
         for m in (optimised, model):
             m.get_submodule(path).register_forward_hook(lambda m, args, out: out * 1.5)
     assert_same(optimised, model, batch(llama))
+
+
+def test_hooks_that_gather_nothing(llama):
+    """DeepSpeed's ZeRO-3 hooks every module. One without parameters needs no call for that, unless somebody else hooks
+    it, too."""
+    optimised, model = both(llama)
+    fired = []
+
+    def gather(module, *_):
+        fired.append(module)
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    mlp = optimised.model.layers[0].mlp
+    for module in mlp.modules():
+        module.register_forward_hook(gather)
+    for _ in range(2):
+        fired.clear()
+        assert_same(optimised, model, batch(llama))
+        assert fired == [mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp]
+    (*_, program), *_ = mlp._ligerfx_programs.values()
+    assert "kernels_glu(gate_proj, up_proj)" in program.code
+    for m in (optimised, model):
+        m.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, inputs, out: out * 2)
+    for _ in range(2):
+        fired.clear()
+        assert_same(optimised, model, batch(llama))
+        assert mlp.act_fn in fired
 
 
 def test_train_and_eval():
@@ -456,6 +516,25 @@ def test_autocast(llama):
 
 
 # -- copies --------------------------------------------------------------------------------------------------
+
+
+def test_optimized_under_autocast():
+    """What was captured there does not serve elsewhere, where a linear layer has another dtype."""
+
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(H, H)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return y.float().exp().to(y.dtype)
+
+    model, x = Rounded(), torch.randn(2, 3, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        optimised = ligerfx.optimize(model, (x,))
+        assert model(x).dtype == torch.bfloat16 and torch.equal(optimised(x), model(x))
+    assert optimised(x).dtype == torch.float32 and torch.equal(optimised(x), model(x))
 
 
 def pickled(module):

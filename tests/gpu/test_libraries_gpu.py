@@ -1,10 +1,9 @@
 """How people train, with the kernels on a GPU: what tests/training asserts to the bit on the CPU, here within
 rounding, which only a GPU adds."""
 
-import copy
-
 import pytest
 import torch
+from gpu.closeness import assert_close_parameters, pair
 
 import ligerfx
 from models import batch, make, midsize
@@ -15,19 +14,11 @@ pytestmark = [
 ]
 
 
-def pair(model, **arguments):
-    return model, ligerfx.optimize(copy.deepcopy(model), **arguments)
-
-
-def assert_close_parameters(model, optimised, start):
-    """The way that each parameter has gone since `start` is the same, within 1e-3 of its own length."""
-    for (name, p), q, before in zip(model.named_parameters(), optimised.parameters(), start, strict=True):
-        way = (p - before).norm().item()
-        assert way > 0, name
-        assert (p - q).norm().item() < 1e-3 * way, name
-
-
-@pytest.mark.parametrize("arguments", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"bf16": True}, {"gradient_checkpointing": True}, {"label_smoothing_factor": 0.2}],
+    ids=lambda arguments: next(iter(arguments), "plain"),
+)
 def test_trainer(arguments, tmp_path):
     from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -35,7 +26,7 @@ def test_trainer(arguments, tmp_path):
     rows = batch(model, 16, 32, ignore=0.0, device="cpu")
     rows = [{"input_ids": row, "labels": row} for row in rows["input_ids"]]
     start = [p.detach().to("cuda", copy=True) for p in model.parameters()]
-    logged = []
+    logged, predictions = [], []
     for m in (model, optimised):
         settings = TrainingArguments(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, logging_steps=1,
@@ -46,27 +37,43 @@ def test_trainer(arguments, tmp_path):
         run.train()
         assert m.device.type == "cuda"
         logged.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+        prediction = run.predict(rows[:3])
+        logged[-1].append(prediction.metrics["test_loss"])
+        predictions.append(torch.tensor(prediction.predictions))
     assert len(set(logged[0])) > 1
     assert logged[1] == pytest.approx(logged[0], rel=2e-3 if "bf16" in arguments else 1e-4)
     if "bf16" not in arguments:
         assert_close_parameters(model, optimised, start)
+        scale = predictions[0].abs().max().item()
+        torch.testing.assert_close(predictions[1], predictions[0], rtol=0, atol=1e-4 * scale)
 
 
+ADAPTERS = {
+    "lora": ("LoraConfig", {"r": 4, "target_modules": ["q_proj", "gate_proj", "down_proj"]}),
+    "dora": ("LoraConfig", {"r": 4, "target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "head": ("LoraConfig", {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lm_head is a")
+@pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("order", ["optimize, adapter", "adapter, optimize"])
-def test_lora(order):
+def test_adapters(name, order):
     peft = pytest.importorskip("peft", reason="needs peft")
+    inputs = {**batch(make("llama"), 2, 33, device="cuda"), "use_cache": False}
+    del inputs["position_ids"]  # for which prompt tuning has no place
 
     def adapted(model):
         torch.manual_seed(1)
-        targets = ["q_proj", "gate_proj", "down_proj"]
-        return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+        config, arguments = ADAPTERS[name]
+        return peft.get_peft_model(model, getattr(peft, config)(**arguments, task_type="CAUSAL_LM"))
 
     original = adapted(make("llama", device="cuda"))
     model = make("llama", device="cuda")
-    optimised = adapted(ligerfx.optimize(model)) if order[0] == "o" else ligerfx.optimize(adapted(model))
+    optimised = adapted(ligerfx.optimize(model)) if order[0] == "o" else ligerfx.optimize(adapted(model), inputs)
     losses = []
     for m in (original, optimised):
-        inputs = {**batch(make("llama"), 2, 33, device="cuda"), "use_cache": False}
         optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1.0)
         losses.append([])
         for _ in range(4):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import DataCollatorForLanguageModeling, LlamaForCausalLM, Trainer, TrainingArguments
@@ -123,6 +124,32 @@ def test_logits_are_computed_for_metrics_alone(optimised, trainer, rows, materia
     assert materialized["logits"] == 0
     trainer(optimised, compute_metrics=sums, per_device_eval_batch_size=1).predict(rows[:3])
     assert materialized["logits"] == 3  # one a batch
+
+
+def test_smoothed_loss_of_the_models_own(model, trainer, materialized):
+    """What the Trainer does with `label_smoothing_factor`, without the logits: the labels reach the model."""
+
+    def smoothed(logits, labels, vocab_size, num_items_in_batch=None, **_):
+        labels = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        logits = logits.float().view(-1, vocab_size)
+        loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=0.2)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    original, own = copy.deepcopy(model), copy.deepcopy(model)
+    own.loss_function = smoothed
+    optimised = ligerfx.optimize(own)
+    settings = {"optim": "sgd", "learning_rate": 1.0, "gradient_accumulation_steps": 2}
+    runs = [trainer(original, label_smoothing_factor=0.2, **settings), trainer(optimised, **settings)]
+    for run in runs:
+        run.train()
+        run.evaluate()
+    logs = [{f"{n} {key}": v for n, entry in enumerate(logged(run)) for key, v in entry.items()} for run in runs]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    for start, a, b in zip(model.parameters(), original.parameters(), optimised.parameters(), strict=True):
+        assert not torch.equal(a, start)
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-5 * (a - start).abs().max().item())
+    assert materialized["logits"] == 0
 
 
 def test_accumulated_batches_are_one_big_batch(model, learnt, trainer):

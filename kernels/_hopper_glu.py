@@ -195,15 +195,6 @@ def product_gradients(
         As `launch` does.
     """
     factors = [(dy, [ROWS.value, DEPTH.value]), (weight, [DEPTH.value, 2 * HALF.value])]
-    tensors, sizes = (gate, up, dgate, dup), (*gate.shape, dy.shape[1])
-    strides = tuple(t.stride(0) for t in tensors)
-    return _hopper.launch(
-        _product_gradients_kernel,
-        factors,
-        gate.shape[1],
-        2 * HALF.value,
-        tensors,
-        strides,
-        sizes,
-        in_triton(activation),
-    )
+    tensors, n_cols = (gate, up, dgate, dup), gate.shape[1]
+    arguments = tensors, tuple(t.stride(0) for t in tensors), len(dy), (n_cols, dy.shape[1]), in_triton(activation)
+    return _hopper.launch(_product_gradients_kernel, factors, n_cols, 2 * HALF.value, *arguments)

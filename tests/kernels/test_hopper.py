@@ -197,36 +197,42 @@ def test_what_is_computed_around_the_kernels(device, assert_matches, monkeypatch
 
 COMPILE = """
 import sys
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from ligerfx.kernels import _hopper_glu, _hopper_loss
-from ligerfx.kernels._activations import in_triton
+from ligerfx.kernels import _hopper, _hopper_glu, _hopper_loss
 
-def descriptor(rows, columns):
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", int: "i32", float: "fp32"}
 
-constants = {"ACTIVATE": in_triton("silu")}
+def kind(argument):
+    if isinstance(argument, tuple):
+        return tuple(map(kind, argument))
+    return "*" + TYPES[argument.dtype] if torch.is_tensor(argument) else TYPES[type(argument)]
+
+def compile(kernel, factors, n_cols, width, *args):
+    kernel = kernel.kernel
+    types = [f"tensordesc<bf16{block},{_hopper.STAGE_LAYOUT!r}>" for _, block in factors]
+    constants = {}
+    for parameter, argument in zip(kernel.params[len(factors) :], args, strict=True):
+        types.append("constexpr" if parameter.is_constexpr else kind(argument))
+        if parameter.is_constexpr:
+            constants[parameter.name] = argument
+    source = GluonASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptx = compiled.asm["ptx"]
+    print(ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), compiled.metadata.shared)
+    return True
+
+_hopper.launch = compile
+x, weight, y, *more = (torch.empty(48, 48, dtype=torch.bfloat16) for _ in range(6))
+rows, count = torch.empty(48), torch.empty(48, dtype=torch.int32)
 if sys.argv[1] == "gradients":
-    kernel, n = _hopper_glu._product_gradients_kernel, 4
-    factors = {"dy_d": descriptor(128, 64), "weight_d": descriptor(64, 256)}
+    _hopper_glu.product_gradients(x, weight, y, *more, "silu")
 elif sys.argv[1] == "units":
-    kernel, n = _hopper_glu._gated_product_kernel, 3
-    factors = {"x_d": descriptor(128, 64), "gate_d": descriptor(64, 64), "up_d": descriptor(64, 64)}
-if sys.argv[1] == "exponentials":
-    kernel, constants = _hopper_loss._exponentials_kernel, {"SOFTCAP": 30.0}
-    factors = {"x_d": descriptor(128, 64), "weight_d": descriptor(256, 64)}
-    rest = {"pointers": ("*fp32", "*i32", "*bf16", "*fp32", "*fp32", "*fp32"), "needed_ptr": "*i32"}
-    rest |= {"stride": "i32", "scale": "fp32", "n_rows": "i32", "widths": ("i32",) * 2, "SOFTCAP": "constexpr"}
+    _hopper_glu.gated_product(x, weight, y, *more, "silu")
 else:
-    rest = {"pointers": ("*bf16",) * n, "strides": ("i32",) * n}
-    rest |= {"n_rows": "i32", "widths": ("i32",) * 2, "ACTIVATE": "constexpr"}
-source = GluonASTSource(kernel.kernel, factors | rest, constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-ptx = compiled.asm["ptx"]
-print(ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), compiled.metadata.shared)
+    _hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, y, rows, rows, rows)
 """
 
 

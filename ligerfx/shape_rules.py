@@ -116,7 +116,9 @@ def _view(x: Tensor, *shape: Any) -> tuple[Sizes, torch.dtype] | None:
     elements, others = sympy.Mul(*expressions(x.shape)), sympy.Mul(*(size for size in found if size != -1))
     if 0 in found or found.count(-1) > 1 or (-1 not in found and elements != others):
         return None
-    left = FloorDiv(elements, others)  # if there is a remainder, the model's own view fails
+    # In lowest terms, so that torch need not bring it there, for which sympy takes 0.4 s the first time. If there is a
+    # remainder, the model's own view fails.
+    left = FloorDiv(*(elements / others).as_numer_denom())
     return [left if size == -1 else whole for size, whole in zip(found, sizes, strict=True)], x.dtype
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from .capture import PLAIN, Capture, Children, Read, Tie, join, parameters_of, submodule
 from .errors import CaptureError
 from .names import Names
+from .pieces import Loops
 from .source import call_site
 from .symbols import bind_sizes, size_node, symbols_of
 from .torch_calls import modes
@@ -53,6 +54,7 @@ class Frame:
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
         self.code: dict[int, Any] = {}  # by id, functions and properties that ran
+        self.loops = Loops(self.graph)
         self.numbers: list[TracedInt | TracedFloat] = []  # that modules returned which stay as they are
         self.symbols: set[sympy.Symbol] = set()  # of the sizes of what it works on
         self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
@@ -110,6 +112,8 @@ class Frame:
         node = self.node_of(value)
         if node is not None:
             return node
+        if self.loops.knows(value):
+            raise CaptureError("a piece of a tensor, of a size that only the data tell, is used by itself")
         if isinstance(value, torch.Tensor):
             return self._parameter_node(value)
         if isinstance(value, (TracedInt, TracedFloat)):

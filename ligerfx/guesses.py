@@ -22,6 +22,9 @@ from .symbols import FakeInputs
 _GUESSES = {"__bool__": False, "__int__": 0, "__index__": 0, "__float__": 0.0, "item": 0}
 _QUESTIONS = {*_GUESSES, "tolist", "equal", "allclose", "is_nonzero"}
 
+_LIKE = {"expand_as": torch.Tensor.expand, "reshape_as": torch.Tensor.reshape, "view_as": torch.Tensor.view}
+"""Operations that take of another tensor its sizes alone, as those that take the sizes."""
+
 _TAKING_SIZES = {"view", "reshape", "expand", "repeat", "split", "split_with_sizes", "narrow", "interpolate"}
 
 
@@ -39,6 +42,10 @@ def _distributions_unchecked() -> Iterator[None]:
 def _is_open(item: Any) -> bool:
     """Whether a slice is bounded by tensors, whose values are not known."""
     return isinstance(item, slice) and any(isinstance(b, torch.Tensor) for b in (item.start, item.stop, item.step))
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, torch.Tensor) and item.dtype == torch.bool
 
 
 class Guesses:
@@ -90,6 +97,8 @@ class Guesses:
 
     def run(self, on_fakes: Callable, func: Callable, name: str, args: tuple, kwargs: dict) -> Any:
         """The result of an operation, whose values are known where those of all operands are."""
+        if name in _LIKE and len(args) == 2:
+            func, name, args = _LIKE[name], _LIKE[name].__name__, (args[0], *args[1].shape)
         if name in _TAKING_SIZES and args:
             args, kwargs = (args[0], *tree_map(self._number, args[1:])), tree_map(self._number, kwargs)
         elif name == "__getitem__":
@@ -97,6 +106,10 @@ class Guesses:
             items = args[1] if isinstance(args[1], tuple) else args[1:]
             if any(map(_is_open, items)) and not any(isinstance(item, (torch.Tensor, list)) for item in items):
                 return self._sliced(on_fakes, func, args[0], items)
+            if _is_mask(args[1]) and self._is_known(args[1]) and not self._is_known(args[0]):
+                with _disable_current_modes():
+                    count = int(self._value(args[1]).sum())
+                return args[0].new_empty((count, *args[0].shape[args[1].ndim :]))
         known, real = self._on_values(func, args, kwargs)
         if known and name in _QUESTIONS:
             return real

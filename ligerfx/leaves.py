@@ -18,8 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _lock = threading.RLock()
+
+TOLIST = FakeTensor.tolist
+"""The one method of a tensor that torch does not tell a tracer of."""
 
 MASKS = "transformers.masking_utils"
 EAGER_ATTENTION = "eager_attention_forward"
@@ -142,11 +146,15 @@ def leaf_functions(
             kwargs["is_causal"] = bool(kwargs["is_causal"])
         return plain_attention(*args, **kwargs)
 
+    def tolist(tensor: FakeTensor) -> Any:
+        return record(TOLIST, (tensor,), {}) if threading.get_ident() == owner else TOLIST(tensor)
+
     replaced: list[tuple[dict, str, Any]] = []
     with _lock:
         plain_attention = F.scaled_dot_product_attention
         replaced.append((vars(F), "scaled_dot_product_attention", plain_attention))
         F.scaled_dot_product_attention = attention
+        plain_tolist, FakeTensor.tolist = FakeTensor.tolist, tolist
         for file in _source_files(modules):
             for name, value in list(vars(file).items()):
                 attention = name == EAGER_ATTENTION and isinstance(value, FunctionType)
@@ -161,5 +169,6 @@ def leaf_functions(
         try:
             yield
         finally:
+            FakeTensor.tolist = plain_tolist
             for namespace, name, value in reversed(replaced):
                 namespace[name] = value

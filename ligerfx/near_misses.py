@@ -39,7 +39,8 @@ class NearMiss:
 def best_near_misses(misses: dict[Node, Unifier], taken: set[Node], values: dict[Node, sympy.Expr]) -> list[NearMiss]:
     """Near misses away from any match, one for each place: of neighbouring ones the most complete."""
     kept: list[NearMiss] = []
-    covered = taken | {n for n, value in values.items() if any(values.get(t) == value for t in taken)}
+    computed = {values[node] for node in taken if node in values}
+    covered = taken | {node for node, value in values.items() if value in computed}
     for node, miss in sorted(misses.items(), key=lambda item: -item[1].share):
         pattern = miss.variant.pattern
         place = neighbourhood(node, miss.size)

@@ -33,7 +33,7 @@ def op_name(node: Node) -> str | None:
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         module = getattr(node.target, "__module__", "") or ""
-        from_torch = module.split(".")[0] in ("torch", "_operator") or node.target in vars(torch).values()
+        from_torch = module.split(".")[0] in ("torch", "_operator") or vars(torch).get(name) is node.target
         return name if from_torch else None
     if node.op == "call_module" and "parameters" in node.meta:
         return "linear_module"

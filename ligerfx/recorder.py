@@ -14,20 +14,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from .capture import Capture, works_in_place
 from .errors import CaptureError
 from .frame import Frame, Origins
 from .guesses import Guesses
-from .leaves import is_check, is_kernel, put
+from .leaves import TOLIST, is_check, is_kernel, put
 from .names import entries
+from .pieces import Unknown
 from .probes import probed
 from .shapes import Shapes
 from .sharded import torchs_own_linear
 from .signature import stand_in
 from .source import describe_error
-from .symbols import FakeInputs, bind_sizes, expression
+from .symbols import FakeInputs, bind_sizes, expression, symbols_of
 from .torch_calls import CONVERSIONS, COUNTING, MEASURING, holds_tensor, modes, spelled
 
 
@@ -58,6 +60,8 @@ class Recorder(TorchFunctionMode):
         if self.frames[-1].guessing:
             with self.fakes.shape_env.suppress_guards():
                 return self.guesses.run(self._shapes.run, func, name, args, kwargs)
+        if (out := self._of_pieces(name, args, kwargs)) is not None:
+            return out
         if name in MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])
         # Guards raised inside an op concern strides and broadcasting of fakes; the op itself runs again, on
@@ -76,6 +80,24 @@ class Recorder(TorchFunctionMode):
         frame = self.frames[-1]
         frame.recorded_modes.add(modes())
         frame.record(*spelled(func, name, args, kwargs), out)
+        return out
+
+    def _of_pieces(self, name: str, args: tuple, kwargs: dict) -> Any:
+        """The result of a call that makes pieces of a tensor, or one tensor of what a loop over them gave; None for any
+        other call."""
+        frame = self.frames[-1]
+        unknown = [value for value in (*args, *kwargs.values()) if isinstance(value, Unknown)]
+        with self.pause():
+            if name == "split" and unknown:
+                return frame.loops.split(args[0], *unknown, kwargs.get("dim", args[2] if len(args) > 2 else 0))
+            if unknown:
+                unknown[0].refuse()
+            tensors = args[0] if name == "cat" and args and isinstance(args[0], (tuple, list)) else ()
+            joined = frame.loops.joined(tensors, kwargs.get("dim", args[1] if len(args) > 1 else 0))
+        if joined is None:
+            return None
+        function, given, out = joined
+        frame.record("call_function", function, given, {}, out)
         return out
 
     def log_code(self, code: Any) -> None:
@@ -113,6 +135,8 @@ class Recorder(TorchFunctionMode):
         if self.paused or not self.frames:
             return function(*args, **kwargs)
         frame = self.frames[-1]
+        if function is TOLIST:
+            return self._list(args[0])
         try:
             with self.pause():
                 told, out = probed(function, args, kwargs, self.fakes) if is_kernel(function) else (False, None)
@@ -130,10 +154,21 @@ class Recorder(TorchFunctionMode):
             if any(isinstance(a, torch.Tensor) and not a.is_floating_point() for a in (*args, *kwargs.values())):
                 frame.fail(f"{function.__name__} returned None, which may depend on the data")
             return None  # of hidden states, only the kind is looked at
+        if frame.loops.called(function, args, kwargs, out):
+            return out  # to be recorded where the pieces are joined
         node = frame.record("call_function", function, args, kwargs, out)
         if node is not None:
             node.meta["leaf"] = True
         return out
+
+    def _list(self, tensor: FakeTensor) -> Any:
+        """What `tensor.tolist()` gives. Of a row of integers that only the data tell, it may be lengths of pieces."""
+        frame, integers = self.frames[-1], not tensor.is_floating_point() and tensor.dtype != torch.bool
+        if frame.guessing or tensor.ndim != 1 or not integers or tensor.constant is not None:
+            return TOLIST(tensor)
+        lengths = frame.loops.lengths(tensor, self.fakes)
+        frame.symbols |= {symbol for size in lengths.sizes for symbol in symbols_of(size)}
+        return lengths
 
     def _record_update(self, cache: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = self.frames[-1]

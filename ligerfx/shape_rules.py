@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch.utils._sympy.functions import FloorDiv
 
 from .symbols import expression
 
@@ -71,8 +72,9 @@ def _dropout(
 
 @rule("clamp", "clip")
 def _clamp(x: Tensor, min: float | None = None, max: float | None = None) -> tuple[Sizes, torch.dtype] | None:
-    bounds = all(type(bound) in (int, float, type(None)) for bound in (min, max))
-    return (x.shape, x.dtype) if x.is_floating_point() and bounds and (min, max) != (None, None) else None
+    bounds = {type(bound) for bound in (min, max)} - {type(None)}
+    known = {int, torch.SymInt} if x.dtype == torch.int64 else {int, float} if x.is_floating_point() else set()
+    return (x.shape, x.dtype) if bounds and bounds <= known else None
 
 
 @rule("layer_norm")
@@ -111,9 +113,12 @@ def _view(x: Tensor, *shape: Any) -> tuple[Sizes, torch.dtype] | None:
     if not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
         return None
     found = expressions(sizes)
-    left = sympy.Mul(*expressions(x.shape), *(1 / size for size in found if size not in (-1, 0)))
-    if 0 in found or found.count(-1) > 1 or left.as_numer_denom()[1] != 1 or (-1 not in found and left != 1):
+    elements, others = sympy.Mul(*expressions(x.shape)), sympy.Mul(*(size for size in found if size != -1))
+    if 0 in found or found.count(-1) > 1 or (-1 not in found and elements != others):
         return None
+    # In lowest terms, so that torch need not bring it there, for which sympy takes 0.4 s the first time. If there is a
+    # remainder, the model's own view fails.
+    left = FloorDiv(*(elements / others).as_numer_denom())
     return [left if size == -1 else whole for size, whole in zip(found, sizes, strict=True)], x.dtype
 
 

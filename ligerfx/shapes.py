@@ -39,6 +39,8 @@ class Shapes:
 
         What torch would ask about sizes to get there leaves no guard.
         """
+        if name == "__setitem__" and type(args[0]) is FakeTensor:
+            return None  # a fake has no contents
         try:
             call = self._call(function, name, args, kwargs)
         except _Unknown:

@@ -55,7 +55,10 @@ class _Sizes(ShapeEnv):
     counting = False  # an operation asks how many pieces it gives: that may become a guard
 
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
-        if not sym_node.expr.is_number and not self._suppress_guards_tls():
+        if self._suppress_guards_tls():
+            if (hint := sym_node.hint) is not None:  # torch would first try to show that it is so for all sizes
+                return sympy.sympify(hint)
+        elif not sym_node.expr.is_number:
             if self.guessing:
                 return sympy.sympify(self._guess(sym_node.expr) if sym_node.hint is None else sym_node.hint)
             if sym_node.pytype is int and not (self.counting and not sym_node.expr.is_symbol):

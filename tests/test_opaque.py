@@ -160,6 +160,11 @@ def test_values_are_known_as_far_as_the_example_inputs_tell():
         assert run(torch.Tensor.item, "item", unknown) == 0  # a guess
         mixed = run(torch.Tensor.add, "add", unknown, row)
         assert run(torch.Tensor.__bool__, "__bool__", mixed) is False
+        # Of how many elements there are, neither the values that are unknown nor those of which only the sizes count.
+        mask = run(torch.Tensor.ge, "ge", row, 5)
+        assert run(torch.Tensor.__getitem__, "__getitem__", torch.empty(3, 8), mask).shape == (2, 8)
+        wide = run(torch.Tensor.expand_as, "expand_as", mask, torch.empty(4, 3))
+        assert run(torch.Tensor.__getitem__, "__getitem__", torch.empty(4, 3), wide).shape == (8,)
     assert grid.tolist() == [[1, 4, 6]]  # what was given is as it was
 
 

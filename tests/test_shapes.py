@@ -61,6 +61,7 @@ KNOWN = {
     "dropout": (F.dropout, (X,), {"p": 0.0, "training": True, "inplace": False}),
     "clamp": (torch.clamp, (X,), {"min": -1.0, "max": 1.0}),
     "clamp below": (torch.clamp, (fake(3, 5, 8, **BF16),), {"min": 1e-5}),
+    "clamp of integers to a size": (torch.clamp, (of_sizes(BATCH, SEQ, dtype=torch.int64), 0, SEQ - 1), {}),
     "layer_norm": (F.layer_norm, (X, (8,)), {"weight": parameter(8), "bias": parameter(8), "eps": 1e-6}),
     "layer_norm without weight": (F.layer_norm, (X, (8,)), {}),
     "masked_fill": (torch.masked_fill, (fake(3, 5, 8), of_sizes(1, SEQ, 1, **BOOL), float("-inf")), {}),
@@ -101,11 +102,11 @@ LEFT_TO_TORCH = {
     "integers": (torch.add, (LABELS, LABELS), {}),
     "a number that is a tensor": (torch.mul, (X, parameter()), {}),
     "sizes that do not fit": (torch.mul, (X, parameter(7)), {}),
-    "a view of other sizes": (torch.Tensor.view, (X, BATCH, -1, 5), {}),
     "a view in another dtype": (torch.Tensor.view, (X, torch.int32), {}),
     "a reshape of another layout": (torch.Tensor.reshape, (transposed(), -1, 8), {}),
     "masks that do not fit": (torch.le, (fake(3, 5), fake(5, 3)), {}),
     "a mask of bits": (torch.Tensor.__and__, (LABELS, parameter(1)), {}),
+    "a bound that widens integers": (torch.clamp, (LABELS, 0.5), {}),
     "a bound that is a tensor": (torch.clamp, (X, X), {}),
     "a sum over several dimensions": (torch.sum, (X, (0, 1)), {"keepdim": True}),
     "matrices that do not fit": (torch.matmul, (fake(3, 5, 7, 8), fake(3, 5, 7, 8)), {}),
@@ -138,6 +139,19 @@ LEFT_TO_TORCH = {
 def test_leaves_the_rest_to_torch(case):
     function, args, kwargs = LEFT_TO_TORCH[case]
     assert Shapes(FAKES).result(function.__name__, args, kwargs) is None
+
+
+def test_a_view_has_the_sizes_that_it_was_asked_for():
+    """torch makes an expression of the 5 where a remainder could be left."""
+    rows, columns, width = Shapes(FAKES).result("view", (X, BATCH, -1, 5), {}).shape
+    assert (rows, width) == (BATCH, 5) and type(width) is int
+    assert expression(columns) == expression(8 * SEQ // 5)
+
+
+def test_nothing_is_written_into_a_fake():
+    """Not even with a mask, of which torch would have to know how many elements are true."""
+    shapes, mask = Shapes(FAKES), of_sizes(BATCH, SEQ, **BOOL)
+    assert run(shapes, torch.Tensor.__setitem__, (fake(3, 5, 8), mask, parameter(7, 8)), {}) is None
 
 
 def test_autocast_is_left_to_torch():

@@ -28,14 +28,19 @@ _START = {"decoder_start_token_id": 0}
 
 VALUES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("t5", "longt5", "switch_transformers"), _START),
-    "esm": {"vocab_size": zoo.VOCABULARY, "mask_token_id": 3},
+    "encoder-decoder": _START | {"pad_token_id": 0},
+    "esm": {"vocab_size": zoo.VOCABULARY, "mask_token_id": 3, "pad_token_id": 0},
     "esmc": {"num_key_value_heads": zoo.HEADS},
     "marian": {"decoder_start_token_id": 0},
     "reformer": {"is_decoder": False, "axial_pos_embds": False},
     "xmod": zoo.VALUES["xmod"],
 }
 
-UNBUILDABLE: dict[str, str] = {}
+UNBUILDABLE: dict[str, str] = {
+    "nemo_speechlm": "a model of speech, of four configurations with numbers that must fit each other",
+    "perceiver": "its decoder writes as many tokens as it was made for, whatever the text",
+    "voxtral_realtime": "a model of speech: has no loss without sound",
+}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

@@ -55,6 +55,8 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": rope | more}
 
 
+_SAM = {"downsample_channels": [WIDTH, WIDTH], "global_attn_indexes": [0], "output_channels": WIDTH}
+
 _ONE_TILE = {"image_grid_pinpoints": [[IMAGE, IMAGE]]}
 
 VALUES: dict[str, dict[str, Any]] = {
@@ -62,6 +64,10 @@ VALUES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": IMAGE_TOKEN},
     "cohere_compass": {"text_config": zoo.VALUES["cohere_compass_text"]},
     "dots3_note": zoo.VALUES["dots3_note"],
+    "deepseek_ocr2": {
+        "vision_config": {"sam_config": _SAM},
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0]}},
     "ernie4_5_vl_moe": {"text_config": _mrope(2, 2, 4) | {"moe_intermediate_size": [32, 32]}},
     **dict.fromkeys(("gemma4", "gemma4_unified"), {"vision_config": {}}),
@@ -76,6 +82,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "llava_next": _ONE_TILE,
     "llava_next_video": _ONE_TILE,
     "llava_onevision": _ONE_TILE,
+    "mistral4": {"head_dim": 2 * zoo.HEAD},
     "mllama": {
         "vision_config": {"vision_output_dim": 2 * WIDTH, "intermediate_layers_indices": [0], "num_global_layers": 1}
     },
@@ -83,6 +90,12 @@ VALUES: dict[str, dict[str, Any]] = {
         ("muse_glimmer", "muse_spark"),
         {"out_hidden_size": WIDTH * MERGE**2, "vision_config": {"out_hidden_size": WIDTH * MERGE**2}},
     ),
+    "nemotron_h_omni": {
+        "image_token_id": IMAGE_TOKEN,
+        "vision_hidden_size": WIDTH,
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
+    "pp_formulanet": {"vision_config": {"decoder_hidden_size": WIDTH}},
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), {"text_config": _mrope(2, 3, 3)}),
     "qwen2_5_omni_thinker": {"vision_start_token_id": START_TOKEN, "text_config": _mrope(2, 3, 3)},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": START_TOKEN},
@@ -90,6 +103,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "step3p7": {"text_config": {"sliding_window": 4}},
     "udop": _TOKENS,
     "vision-encoder-decoder": _TOKENS,
+    "unlimited_ocr": {"vision_config": {"sam_config": _SAM}},
     "vipllava": {"vision_feature_layers": [-1, -2]},
 }
 
@@ -100,6 +114,7 @@ UNBUILDABLE: dict[str, str] = {
         ("chameleon", "emu3"), "its tokens of images are in a map of the vocabulary that it is published with"
     ),
     **dict.fromkeys(("florence2", "molmo2"), "its configuration has a list of sizes where the others have a number"),
+    "diffusion_gemma": "writes by removing noise, and has no loss",
     "granite4_vision": "its configuration maps layers of the vision tower to those of the language model",
     "pi0": "a policy: needs the state and the actions of a robot",
     "udop": "needs a box on the page for each word",
@@ -161,6 +176,13 @@ def _patches(batch: int, *width: int) -> dict[str, Any]:
         "pixel_values": _pixels(batch * SIDE**2, *width),
         "image_grid_thw": torch.tensor([[1, SIDE, SIDE]] * batch),
     }
+
+
+def _merged(model: nn.Module, batch: int) -> dict[str, Any]:
+    """Patches that are merged already; the grid is that of the merged ones."""
+    rows = SIDE // MERGE
+    pixels = _pixels(batch * rows**2, PATCH * MERGE, PATCH * MERGE, 3)
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, rows, rows]] * batch)}
 
 
 def _numbered(model: nn.Module, batch: int) -> dict[str, Any]:
@@ -241,11 +263,12 @@ def _flattened(model: nn.Module, batch: int) -> dict[str, Any]:
 INPUTS: dict[str, Callable[[nn.Module, int], dict[str, Any]]] = {
     "deepseek_vl_hybrid": _twice,
     "fuyu": _flat,
-    **dict.fromkeys(("gemma4", "gemma4_unified", "diffusion_gemma"), _numbered),
+    **dict.fromkeys(("gemma4", "gemma4_unified"), _numbered),
     "granite_docling": _masked_tiles,
     **dict.fromkeys(("idefics", "idefics2", "idefics3", "smolvlm"), _several),
     **dict.fromkeys(("instructblip", "instructblipvideo"), _with_queries),
     **dict.fromkeys(("kimi_k25", "paddleocr_vl"), lambda model, batch: _patches(batch, 3, PATCH, PATCH)),
+    "inkling2": _merged,
     "lfm2_vl": _with_shapes,
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _of_target_sizes),
     "pix2struct": _flattened,
@@ -253,6 +276,10 @@ INPUTS: dict[str, Callable[[nn.Module, int], dict[str, Any]]] = {
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision", "granite4_vision"), _tiles),
     "mistral4": lambda model, batch: {},  # text alone
     "mllama": _crossed,
+    "nemotron_h_omni": lambda model, batch: {
+        "pixel_values": _pixels(batch * SIDE**2, 3 * PATCH**2),
+        "image_grid_hw": torch.tensor([[SIDE, SIDE]] * batch),
+    },
     **dict.fromkeys(("muse_glimmer", "muse_spark"), lambda model, batch: _patches(batch, 2 * 3 * PATCH**2)),
     "video_llama_3": lambda model, batch: (
         _patches(batch, 3 * PATCH**2) | {"image_merge_sizes": torch.tensor([MERGE] * batch)}

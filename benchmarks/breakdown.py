@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity
 STEPS = 2
 TOP = 25
 FLOOR = ("matmul", "attention", "optimizer")
-FUSED = "matmul + GLU"
+FUSED = "matmul and more"
 # Parts of kernels' names, lower case, looked for in this order: attention kernels are built with CUTLASS, too.
 CATEGORIES = {
-    FUSED: ("_gated_product_kernel", "_product_gradients_kernel"),
+    FUSED: ("_gated_product_kernel", "_product_gradients_kernel", "_exponentials_kernel"),
     "attention": ("flash", "fmha", "sdpa"),
     "optimizer": ("multi_tensor", "fusedadam", "fused_adam"),
     "matmul": ("gemm", "gemv", "cutlass", "nvjet", "xmma", "cublas", "splitk"),

@@ -4,7 +4,7 @@
     pieces = zip(*(torch.split(x, sizes, dim=2) for x in (query, key, value)))
     out = torch.cat([attention(self, *piece)[0] for piece in pieces], dim=1)
 
-While it is captured, such a loop runs over two pieces, whose sizes are symbols of their own. Where one leaf function
+While it is captured, such a loop runs over three pieces, whose sizes are symbols of their own. Where one leaf function
 gets each of them, and the results are joined in order, the graph has one call that splits, loops and joins. Whatever
 else code does with lengths or pieces has no place in a graph.
 """
@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from .constants import PLAIN
 from .symbols import FakeInputs, expression
 
-_COUNT = 2
-"""Pieces that stand for all: that the same happens to the second tells that it does not depend on the first, nor on its
+_COUNT = 3
+"""Pieces that stand for all: that the same happens to each tells that it depends neither on the one before nor on its
 number."""
 
 

@@ -125,12 +125,21 @@ def misaligned(module, wholes, lengths):
     return torch.cat(attended(module, turned), dim=1)
 
 
+def another_third(module, wholes, lengths):
+    pieces = enumerate(split(wholes, lengths))
+    return torch.cat([eager_attention_forward(module, *x, scaling=1.0 + (i > 1))[0] for i, x in pieces], dim=1)
+
+
 ALONE = "a piece of a tensor, of a size that only the data tell, is used by itself"
 
 
 @pytest.mark.parametrize(
-    "loop", [numbered, carried, computed_with, other_way_round, others_besides, changed_meanwhile, misaligned]
-)
+    "loop",
+    [
+        numbered, another_third, carried, computed_with, other_way_round, others_besides,
+        changed_meanwhile, misaligned,
+    ],
+)  # fmt: skip
 def test_no_loop_over_equals(loop):
     assert optimised_and_same(loop).report.opaque[""].startswith(ALONE)
 

@@ -42,7 +42,7 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     logits_budget: int = LOGITS_BUDGET,
     accumulate_in: torch.dtype | None = torch.float32,
-    rows: CountedRows | None = None,
+    rows: CountedRows | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch `linear_cross_entropy`; holds all logits, whatever the budget, and ignores `rows`.
 
@@ -287,17 +287,17 @@ def _loss_results(x, *_):
     return torch.empty((), dtype=torch.float32, device=x.device), torch.empty(0, device=x.device)
 
 
-def _compute(x, weight, bias, target, loss, mean, budget, accumulate_in, *needs):
-    rows = rows_that_count(target, loss[0])
+def _compute(x, weight, bias, target, loss, mean, budget, accumulate_in, need_x, need_w, need_b, holder=None):
+    rows = getattr(holder, "rows", None) or rows_that_count(target, loss[0])
     options = {"loss": loss, "mean": mean, "budget": budget, "accumulate_in": accumulate_in}
-    return _loss_and_grads(x, weight, bias, target, rows, options, *needs)
+    return _loss_and_grads(x, weight, bias, target, rows, options, need_x, need_w, need_b)
 
 
 # A CUDA graph would know nothing of the memory of gradients that it does not return.
 _UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
-@operator(f"linear_cross_entropy({_ARGUMENTS}) -> (Tensor loss, Tensor holder)", _loss_results, _UNSAFE)
+@operator(f"linear_cross_entropy({_ARGUMENTS}, Tensor? rows) -> (Tensor loss, Tensor holder)", _loss_results, _UNSAFE)
 def _loss_holding_grads(x, *args):
     """The loss, and an empty tensor that holds the gradients as an attribute.
 
@@ -332,9 +332,9 @@ class _CompiledLinearCrossEntropy(torch.autograd.Function):
     """`_LinearCrossEntropy` for compilers, which keep nothing but tensors for the backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, options, grad_enabled):
+    def forward(ctx, x, weight, bias, target, rows, options, grad_enabled):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        loss, holder = _loss_holding_grads(x, weight, bias, target, *options.values(), *needs)
+        loss, holder = _loss_holding_grads(x, weight, bias, target, *options.values(), *needs, rows)
         ctx.save_for_backward(holder, x, weight, bias, target)
         ctx.options, ctx.needs = options, needs
         return loss
@@ -344,7 +344,7 @@ class _CompiledLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         holder, *inputs = ctx.saved_tensors
         grads = iter(_held_grads(holder, dloss, *inputs, *ctx.options.values(), *ctx.needs))
-        return *(next(grads) if need else None for need in ctx.needs), None, None, None
+        return *(next(grads) if need else None for need in ctx.needs), None, None, None, None
 
 
 def _check(
@@ -355,7 +355,7 @@ def _check(
     ignore_index: int,
     budget: int,
     accumulate_in: torch.dtype | None,
-    rows: CountedRows | None,
+    rows: CountedRows | torch.Tensor | None,
 ) -> None:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if not all(t.is_floating_point() for t in tensors):
@@ -381,7 +381,7 @@ def _check(
         raise ValueError(f"linear_cross_entropy: logits_budget must be positive, got {budget}")
     if accumulate_in not in (None, torch.float32):
         raise ValueError(f"linear_cross_entropy: accumulate_in must be torch.float32 or None, got {accumulate_in}")
-    if rows is not None and (
+    if isinstance(rows, CountedRows) and (
         (rows.size, rows.ignore_index, rows.n_valid.device) != (target.numel(), ignore_index, target.device)
     ):
         raise ValueError(
@@ -404,7 +404,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logits_budget: int = LOGITS_BUDGET,
     accumulate_in: torch.dtype | None = torch.float32,
-    rows: CountedRows | None = None,
+    rows: CountedRows | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, target, ...)` with at most `logits_budget` bytes of logits held.
 
@@ -481,7 +481,7 @@ def linear_cross_entropy(
         "accumulate_in": accumulate_in,
     }
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
-        return _CompiledLinearCrossEntropy.apply(x, weight, bias, target, options, torch.is_grad_enabled())
+        return _CompiledLinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())
     if rows is None:
         rows = rows_that_count(target, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())

@@ -186,11 +186,12 @@ def _operator_calls(device):
     logits, target = torch.randn(10, 50, device=device), _target(device).view(-1)
     yield ops.cross_entropy, (logits, target, -100, 1.0, 0.0, None, 0.0)
     yield ops.cross_entropy_backward, (logits, target, rstd, rstd + 1, rstd[0], -100, 1.0, 0.0, 3.0, 0.1)
+    yield ops.rows_that_count, (target.view(2, 5), -100)
     options = ([-100, 1.0, 0.0, None, 0.0], True, 4096, torch.float32)
     for dtype, bias in ((torch.float32, torch.randn(50, device=device)), (torch.float16, None)):
         x, weight = h.to(dtype), torch.randn(50, 32, device=device).to(dtype)
         loss_args = (x, weight, bias, target.view(2, 5), *options, True, True, bias is not None)
-        yield ops.linear_cross_entropy, loss_args
+        yield ops.linear_cross_entropy, (*loss_args, None)
         yield ops.linear_cross_entropy_backward, (torch.empty(0, device=device), rstd[0], *loss_args)
 
 

@@ -1,6 +1,8 @@
 """torch.compile around an optimised model: one graph, and the original's numbers."""
 
+import importlib
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_a_compiled_step_passes_over_no_memory_in_vain(device, family):
     compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)
     compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert found == [["embedding", "add", "add"], ["embedding_dense_backward"]]
+
+
+def test_the_loss_waits_for_no_part_of_a_compiled_forward(device):
+    """What counts of the labels is searched for before the first kernel of a layer."""
+    model, inputs = on(device, "llama")
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] % 2 == 0, -100)
+    backend = Recorded()
+    compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)
+    module = importlib.import_module("ligerfx.kernels.linear_crossentropy")
+    with mock.patch.object(module, "rows_that_count") as search_in_the_loss:
+        found = losses_and_gradients(compiled, inputs)
+    assert_equal(losses_and_gradients(model, inputs), found)
+    assert search_in_the_loss.call_count == 0
+    called = [str(node.target) for node in backend.graphs[0].graph.nodes]
+    assert called.index("ligerfx.rows_that_count.default") < called.index("autograd_function_apply")
 
 
 def test_without_gradients_the_compiler_gets_the_plain_operations(device):

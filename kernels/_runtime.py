@@ -27,7 +27,7 @@ except ImportError:
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 # A tensor subclass (DTensor, quantised weights) need not have the memory a kernel would read.
 PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-_WITHOUT_MEMORY = frozenset({FakeTensor, FunctionalTensor})  # on which compilers run a model: see _operators.py
+WITHOUT_MEMORY = frozenset({FakeTensor, FunctionalTensor})  # on which compilers run a model: see _operators.py
 
 
 def use_triton(*tensors: torch.Tensor | None) -> bool:
@@ -43,7 +43,7 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
         if tensor is None:
             continue
         kind = type(tensor)
-        if tensor.dtype not in _DTYPES or not (kind in PLAIN or kind in _WITHOUT_MEMORY) or tensor.numel() == 0:
+        if tensor.dtype not in _DTYPES or not (kind in PLAIN or kind in WITHOUT_MEMORY) or tensor.numel() == 0:
             return False
         if device is None:
             device = tensor.device

@@ -61,12 +61,6 @@ class WeightGrad:
                 _add_product(part, rows, b, overwrite=self.empty)
         self.empty = False
 
-    def whole(self) -> torch.Tensor:
-        """The sum, in float32."""
-        if self.empty:
-            return self.result.float().zero_()
-        return torch.cat([part.float() for part in self.parts])
-
     def scaled(self, factor: torch.Tensor) -> torch.Tensor:
         """The sum times factor in the weight's dtype; the memory of the sum is used up."""
         if self.empty:

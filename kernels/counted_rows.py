@@ -2,7 +2,8 @@
 
 import torch
 
-from ._runtime import PLAIN
+from ._operators import operator
+from ._runtime import PLAIN, WITHOUT_MEMORY
 
 WORTH_GATHERING = 0.98
 """The share of rows that count above which gathering and scattering them would take longer than computing all."""
@@ -49,7 +50,20 @@ def capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRows | None:
+# A CUDA graph could not count anew in each replay.
+@operator(
+    "rows_that_count(Tensor target, int ignore_index) -> Tensor",
+    lambda target, _: torch.empty(0, device=target.device),
+    (torch.Tag.cudagraph_unsafe,),
+)
+def _holding_rows(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """An empty tensor that holds the rows that count as an attribute."""
+    holder = torch.empty(0, device=target.device)
+    holder.rows = CountedRows(target, ignore_index)
+    return holder
+
+
+def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRows | torch.Tensor | None:
     """Start to find the rows of target that are not ignored, for `linear_cross_entropy(..., rows=...)`.
 
     `linear_cross_entropy` must know their number before it can queue its matrix products. Called where the target
@@ -61,7 +75,8 @@ def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRo
         ignore_index: the target of rows that do not count.
 
     Returns:
-        None under torch.compile, whose graphs hold tensors only: the loss then looks for itself.
+        Under torch.compile, whose graphs know tensors only, an empty one that holds them. None for a tensor subclass:
+        the loss then looks for itself.
 
     Raises:
         TypeError: if target is not int64.
@@ -76,6 +91,8 @@ def rows_that_count(target: torch.Tensor, ignore_index: int = -100) -> CountedRo
     """
     if target.dtype != torch.int64:
         raise TypeError(f"rows_that_count: target must be int64, got {target.dtype}")
-    if torch.compiler.is_compiling() or type(target) not in PLAIN:
+    if type(target) not in PLAIN | WITHOUT_MEMORY:
         return None
+    if torch.compiler.is_compiling() or type(target) in WITHOUT_MEMORY:
+        return _holding_rows(target, ignore_index)
     return CountedRows(target, ignore_index)

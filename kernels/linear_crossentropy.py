@@ -42,7 +42,7 @@ def linear_cross_entropy_reference(
     z_loss: float = 0.0,
     logits_budget: int = LOGITS_BUDGET,
     accumulate_in: torch.dtype | None = torch.float32,
-    rows: CountedRows | None = None,
+    rows: CountedRows | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plain PyTorch `linear_cross_entropy`; holds all logits, whatever the budget, and ignores `rows`.
 
@@ -241,6 +241,19 @@ def _loss_and_grads(
     return (loss / rows.n_valid if options["mean"] else loss), (dx, dw, db), late_factor
 
 
+def _scaled(results: list, dloss: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None) -> tuple:
+    """The gradients that `_loss_and_grads` gave, times the incoming one. Their memory is used up."""
+    (dx, dw, db), late_factor = results
+    factor = dloss if late_factor is None else dloss * late_factor
+    if dx is not None:
+        dx = scale_to(dx, factor, dx).view(x.shape)
+    if dw is not None:
+        dw = dw.scaled(factor)
+    if db is not None:
+        db = scale_to(db, factor, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
+    return dx, dw, db
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target, rows, options, grad_enabled):
@@ -261,71 +274,77 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if results is None:
                 _, *results = _loss_and_grads(x, weight, bias, target, ctx.rows, ctx.options, *ctx.needs)
-            (dx, dw, db), late_factor = results
-            factor = dloss if late_factor is None else dloss * late_factor
-            if dx is not None:
-                dx = scale_to(dx, factor, dx).view(x.shape)
-            if dw is not None:
-                dw = dw.scaled(factor)
-            if db is not None:
-                db = scale_to(db, factor, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device))
-        return dx, dw, db, None, None, None, None
+            return *_scaled(results, dloss, x, bias), None, None, None, None
 
 
-def _loss_results(x, weight, bias, target, loss, mean, budget, accumulate_in, need_x, need_w, need_b):
-    """The loss, and of the gradients and the factor of `_loss_and_grads` those that there are."""
-    half = x.dtype == torch.float16
-    results = [torch.empty((), dtype=torch.float32, device=x.device)]
-    if need_x:
-        results.append(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    if need_w:
-        dtype = torch.float32 if half else weight.dtype
-        results.append(torch.empty(weight.shape, dtype=dtype, device=x.device))
-    if need_b:
-        results.append(torch.empty(weight.shape[0], dtype=torch.float32, device=x.device))
-    if half and mean:
-        results.append(torch.empty((), dtype=torch.float32, device=x.device))
-    return results
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor target, Scalar?[] loss, bool mean, int budget,"
+    " ScalarType? accumulate_in, bool need_x, bool need_w, bool need_b"
+)
+
+
+def _loss_results(x, *_):
+    return torch.empty((), dtype=torch.float32, device=x.device), torch.empty(0, device=x.device)
+
+
+def _compute(x, weight, bias, target, loss, mean, budget, accumulate_in, need_x, need_w, need_b, holder=None):
+    rows = getattr(holder, "rows", None) or rows_that_count(target, loss[0])
+    options = {"loss": loss, "mean": mean, "budget": budget, "accumulate_in": accumulate_in}
+    return _loss_and_grads(x, weight, bias, target, rows, options, need_x, need_w, need_b)
+
+
+# A CUDA graph would know nothing of the memory of gradients that it does not return.
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+
+
+@operator(f"linear_cross_entropy({_ARGUMENTS}, Tensor? rows) -> (Tensor loss, Tensor holder)", _loss_results, _UNSAFE)
+def _loss_holding_grads(x, *args):
+    """The loss, and an empty tensor that holds the gradients as an attribute.
+
+    As results of their own they could not be scaled in place: each would be read and written once more, although the
+    incoming gradient mostly is 1.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        loss, *results = _compute(x, *args)
+    holder = torch.empty(0, device=x.device)
+    holder.results = results
+    return loss, holder
+
+
+def _gradient_results(holder, dloss, x, weight, bias, target, loss, mean, budget, accumulate_in, *needs):
+    wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need]
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in wanted]
 
 
 @operator(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Scalar?[] loss, bool mean, int budget,"
-    " ScalarType? accumulate_in, bool need_x, bool need_w, bool need_b) -> Tensor[]",
-    _loss_results,
+    f"linear_cross_entropy_backward(Tensor holder, Tensor dloss, {_ARGUMENTS}) -> Tensor[]", _gradient_results, _UNSAFE
 )
-def _loss_and_whole_grads(x, weight, bias, target, loss, mean, budget, accumulate_in, *needs):
-    """What `_LinearCrossEntropy` does in its forward, with gradients that are whole tensors."""
-    rows = rows_that_count(target, loss[0])
-    options = {"loss": loss, "mean": mean, "budget": budget, "accumulate_in": accumulate_in}
+def _held_grads(holder, dloss, x, weight, bias, *args):
+    """The wanted gradients, computed anew if a backward has had them or hooks on saved tensors copied the holder."""
+    results, holder.results = getattr(holder, "results", None), None
     with torch.autocast(x.device.type, enabled=False):
-        loss, (dx, dw, db), late_factor = _loss_and_grads(x, weight, bias, target, rows, options, *needs)
-        if dw is not None:
-            # In float16 it may fit only once it has been scaled.
-            dw = dw.whole() if x.dtype == torch.float16 else dw.scaled(torch.ones((), device=x.device))
-    dx = None if dx is None else dx.view(x.shape)
-    return [t for t in (loss, dx, dw, db, late_factor) if t is not None]
+        if results is None:
+            _, *results = _compute(x, weight, bias, *args)
+        return [grad for grad in _scaled(results, dloss, x, bias) if grad is not None]
 
 
 class _CompiledLinearCrossEntropy(torch.autograd.Function):
-    """`_LinearCrossEntropy` for compilers, to whom gradients that one backward uses up would be a side effect."""
+    """`_LinearCrossEntropy` for compilers, which keep nothing but tensors for the backward."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, options, grad_enabled):
+    def forward(ctx, x, weight, bias, target, rows, options, grad_enabled):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        loss, *found = _loss_and_whole_grads(x, weight, bias, target, *options.values(), *needs)
-        ctx.save_for_backward(*found)
-        ctx.needs = needs
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        loss, holder = _loss_holding_grads(x, weight, bias, target, *options.values(), *needs, rows)
+        ctx.save_for_backward(holder, x, weight, bias, target)
+        ctx.options, ctx.needs = options, needs
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        found = list(ctx.saved_tensors)
-        if len(found) > sum(ctx.needs):
-            dloss = dloss * found.pop()
-        grads, dtypes = iter(found), zip(ctx.needs, ctx.dtypes, strict=True)
-        return *((next(grads).float() * dloss).to(dtype) if need else None for need, dtype in dtypes), None, None, None
+        holder, *inputs = ctx.saved_tensors
+        grads = iter(_held_grads(holder, dloss, *inputs, *ctx.options.values(), *ctx.needs))
+        return *(next(grads) if need else None for need in ctx.needs), None, None, None, None
 
 
 def _check(
@@ -336,7 +355,7 @@ def _check(
     ignore_index: int,
     budget: int,
     accumulate_in: torch.dtype | None,
-    rows: CountedRows | None,
+    rows: CountedRows | torch.Tensor | None,
 ) -> None:
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if not all(t.is_floating_point() for t in tensors):
@@ -362,7 +381,7 @@ def _check(
         raise ValueError(f"linear_cross_entropy: logits_budget must be positive, got {budget}")
     if accumulate_in not in (None, torch.float32):
         raise ValueError(f"linear_cross_entropy: accumulate_in must be torch.float32 or None, got {accumulate_in}")
-    if rows is not None and (
+    if isinstance(rows, CountedRows) and (
         (rows.size, rows.ignore_index, rows.n_valid.device) != (target.numel(), ignore_index, target.device)
     ):
         raise ValueError(
@@ -385,7 +404,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logits_budget: int = LOGITS_BUDGET,
     accumulate_in: torch.dtype | None = torch.float32,
-    rows: CountedRows | None = None,
+    rows: CountedRows | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`cross_entropy(x @ weight.T + bias, target, ...)` with at most `logits_budget` bytes of logits held.
 
@@ -462,7 +481,7 @@ def linear_cross_entropy(
         "accumulate_in": accumulate_in,
     }
     if torch.compiler.is_compiling() or type(x) not in PLAIN:
-        return _CompiledLinearCrossEntropy.apply(x, weight, bias, target, options, torch.is_grad_enabled())
+        return _CompiledLinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())
     if rows is None:
         rows = rows_that_count(target, ignore_index)
     return _LinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())

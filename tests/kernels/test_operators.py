@@ -1,5 +1,8 @@
 """The kernels under torch.compile: one graph, the results of ordinary calls, and operators that say what comes out."""
 
+import importlib
+from unittest import mock
+
 import pytest
 import torch
 
@@ -117,6 +120,35 @@ def test_float16_gradients_of_the_loss_stay_above_its_subnormals(device):
         assert torch.equal(a, b) and a.isfinite().all() and a.any()
 
 
+def test_the_compiled_loss_has_the_bits_of_ordinary_gradients_and_computes_them_once(device):
+    """Over several chunks. Another backward through the same graph computes them again, as does one whose saved tensors
+    are copies."""
+    torch.compiler.reset()
+    x, weight = (_leaf(*shape, dtype=torch.bfloat16, device=device) for shape in [(2, 5, 32), (700, 32)])
+    target = _target(device)
+
+    def loss_of(x, weight):
+        return linear_cross_entropy(x, weight, target, logits_budget=4 * 1408)
+
+    def gradients(loss, factor):
+        return torch.autograd.grad(loss, (x, weight), torch.tensor(factor, device=device), retain_graph=True)
+
+    expected = {factor: gradients(loss_of(x, weight), factor) for factor in (1.0, 3.0)}
+    compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
+    module = importlib.import_module("ligerfx.kernels.linear_crossentropy")
+    with mock.patch.object(module, "_loss_and_grads", wraps=module._loss_and_grads) as compute:
+        loss = compiled(x, weight)
+        for factor, times in ((3.0, 1), (1.0, 2), (3.0, 3)):
+            for a, b in zip(gradients(loss, factor), expected[factor], strict=True):
+                assert a.any() and torch.equal(a, b)
+            assert compute.call_count == times
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            loss = compiled(x, weight)
+        for a, b in zip(gradients(loss, 3.0), expected[3.0], strict=True):
+            assert torch.equal(a, b)
+        assert compute.call_count == 5
+
+
 def _operator_calls(device):
     ops = torch.ops.ligerfx
     h, w = torch.randn(2, 5, 32, device=device), torch.randn(32, device=device)
@@ -154,10 +186,13 @@ def _operator_calls(device):
     logits, target = torch.randn(10, 50, device=device), _target(device).view(-1)
     yield ops.cross_entropy, (logits, target, -100, 1.0, 0.0, None, 0.0)
     yield ops.cross_entropy_backward, (logits, target, rstd, rstd + 1, rstd[0], -100, 1.0, 0.0, 3.0, 0.1)
+    yield ops.rows_that_count, (target.view(2, 5), -100)
     options = ([-100, 1.0, 0.0, None, 0.0], True, 4096, torch.float32)
     for dtype, bias in ((torch.float32, torch.randn(50, device=device)), (torch.float16, None)):
         x, weight = h.to(dtype), torch.randn(50, 32, device=device).to(dtype)
-        yield ops.linear_cross_entropy, (x, weight, bias, target.view(2, 5), *options, True, True, bias is not None)
+        loss_args = (x, weight, bias, target.view(2, 5), *options, True, True, bias is not None)
+        yield ops.linear_cross_entropy, (*loss_args, None)
+        yield ops.linear_cross_entropy_backward, (torch.empty(0, device=device), rstd[0], *loss_args)
 
 
 def test_what_operators_say_of_their_results_holds(device):

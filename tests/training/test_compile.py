@@ -1,10 +1,15 @@
 """torch.compile around an optimised model: one graph, and the original's numbers."""
 
+import importlib
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import StaticCache
 
 import ligerfx
@@ -82,6 +87,49 @@ def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
     assert backend.masks() == [None], "a mask was built where causal attention needs none"
     # The layer's q, k, v; rotation; MLP; the last norm; the head.
     assert backend.count("autograd_function_apply") == 5
+
+
+VIEWS = {"_unsafe_view", "alias", "detach", "permute", "split", "t", "transpose", "view"}
+
+
+def passes_over_memory(graph_module, elements):
+    """What in a graph is no product, attention, kernel or view, and writes at least so many elements."""
+    nodes = [n for n in graph_module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    large = [n.target for n in nodes if isinstance(n.meta["val"], torch.Tensor) and n.meta["val"].numel() >= elements]
+    names = [target._opname for target in large if target.namespace != "ligerfx"]
+    return [name for name in names if name != "mm" and name not in VIEWS]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_compiled_step_passes_over_no_memory_in_vain(device, family):
+    """Two layers, each of which ends in an addition, and the embedding."""
+    model = make(family, dtype=torch.bfloat16).to(device)
+    ids = default_batch(model)["input_ids"].to(device)
+    found = []
+
+    def keep(graph_module, inputs):
+        found.append(passes_over_memory(graph_module, ids.numel() * model.config.hidden_size))
+        return make_boxed_func(graph_module.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)
+    compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert found == [["embedding", "add", "add"], ["embedding_dense_backward"]]
+
+
+def test_the_loss_waits_for_no_part_of_a_compiled_forward(device):
+    """What counts of the labels is searched for before the first kernel of a layer."""
+    model, inputs = on(device, "llama")
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] % 2 == 0, -100)
+    backend = Recorded()
+    compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)
+    module = importlib.import_module("ligerfx.kernels.linear_crossentropy")
+    with mock.patch.object(module, "rows_that_count") as search_in_the_loss:
+        found = losses_and_gradients(compiled, inputs)
+    assert_equal(losses_and_gradients(model, inputs), found)
+    assert search_in_the_loss.call_count == 0
+    called = [str(node.target) for node in backend.graphs[0].graph.nodes]
+    assert called.index("ligerfx.rows_that_count.default") < called.index("autograd_function_apply")
 
 
 def test_without_gradients_the_compiler_gets_the_plain_operations(device):

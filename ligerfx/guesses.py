@@ -73,7 +73,7 @@ class Guesses:
         """A fake like one whose sizes are numbers, with symbols instead."""
         if id(fake) not in self._symbolic:
             made = self._symbolic[id(fake)] = self.fakes.tensor(fake, static_rows=True)
-            if self._is_known(fake):
+            if self.knows(fake):
                 with _disable_current_modes():
                     self._values[id(made)] = self._value(fake)
             self._alive += [fake, made]
@@ -106,7 +106,7 @@ class Guesses:
             items = args[1] if isinstance(args[1], tuple) else args[1:]
             if any(map(_is_open, items)) and not any(isinstance(item, (torch.Tensor, list)) for item in items):
                 return self._sliced(on_fakes, func, args[0], items)
-            if _is_mask(args[1]) and self._is_known(args[1]) and not self._is_known(args[0]):
+            if _is_mask(args[1]) and self.knows(args[1]) and not self.knows(args[0]):
                 with _disable_current_modes():
                     count = int(self._value(args[1]).sum())
                 return args[0].new_empty((count, *args[0].shape[args[1].ndim :]))
@@ -125,7 +125,7 @@ class Guesses:
 
     def _on_values(self, func: Callable, args: tuple, kwargs: dict) -> tuple[bool, Any]:
         leaves, _ = tree_flatten((args, kwargs))
-        if not all(self._is_known(leaf) for leaf in leaves):
+        if not all(self.knows(leaf) for leaf in leaves):
             return False, None
         try:
             with _disable_current_modes(), torch.no_grad():
@@ -133,9 +133,9 @@ class Guesses:
         except Exception:
             return False, None
 
-    def _is_known(self, leaf: Any) -> bool:
+    def knows(self, leaf: Any) -> bool:
         if isinstance(leaf, slice):
-            return all(map(self._is_known, (leaf.start, leaf.stop, leaf.step)))
+            return all(map(self.knows, (leaf.start, leaf.stop, leaf.step)))
         return not isinstance(leaf, torch.Tensor) or id(leaf) in self._values or id(leaf) in self._given
 
     def _bounds(self, leaf: Any) -> Any:
@@ -156,7 +156,7 @@ class Guesses:
 
     def _number(self, leaf: Any) -> Any:
         """A number in place of a tensor that holds one, where it is known."""
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim or not self._is_known(leaf):
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim or not self.knows(leaf):
             return leaf
         with _disable_current_modes():
             return self._value(leaf).item()

@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_leaves
 
 from .constants import PLAIN
+from .errors import CaptureError
 from .symbols import FakeInputs, expression
 
 _COUNT = 3
@@ -35,6 +37,12 @@ class Unknown:
 
     __iter__ = __len__ = __getitem__ = __bool__ = __contains__ = __eq__ = __add__ = __radd__ = refuse
     __hash__ = object.__hash__
+
+
+def refuse_unknown(values: Any) -> None:
+    """Raises if there is such a list among values that enter or leave a module: its place is one graph."""
+    if any(isinstance(value, Unknown) for value in tree_leaves(values)):
+        raise CaptureError("a list of the numbers in a tensor is handed to another module")
 
 
 class Lengths(Unknown):

@@ -164,6 +164,9 @@ class Recorder(TorchFunctionMode):
     def _list(self, tensor: FakeTensor) -> Any:
         """What `tensor.tolist()` gives. Of a row of integers that only the data tell, it may be lengths of pieces."""
         frame, integers = self.frames[-1], not tensor.is_floating_point() and tensor.dtype != torch.bool
+        if frame.guessing and not self.guesses.knows(tensor):
+            with self.pause():  # sizes of their own, and no guesses: pieces of these sizes go together again
+                return TOLIST(tensor)
         if frame.guessing or tensor.ndim != 1 or not integers or tensor.constant is not None:
             return TOLIST(tensor)
         lengths = frame.loops.lengths(tensor, self.fakes)

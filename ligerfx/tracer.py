@@ -26,6 +26,7 @@ from .errors import CaptureError
 from .frame import Frame
 from .leaves import leaf_functions
 from .opaque import own_results, symbolic_inputs
+from .pieces import refuse_unknown
 from .recorder import Recorder
 from .shadow import ShadowTree, exposes_parameters, is_leaf_module, owns_nothing
 from .signature import call_key, parameter_names, same_containers
@@ -123,6 +124,7 @@ class Tracer(Recorder):
                     out = _probed(real, forward, *args)
             self._record_call(self.frames[-1], path, args, kwargs, out, real)
             return out
+        refuse_unknown((args, kwargs))
         if self.frames and self.frames[-1].guessing:
             with self.pause():
                 args, kwargs = symbolic_inputs((args, kwargs), self.guesses)
@@ -186,6 +188,7 @@ class Tracer(Recorder):
             with self.guess_sizes(False):
                 given = _with_stand_ins((args, kwargs), frame)
                 out = forward(shadow, *given[0], **given[1])
+            refuse_unknown(out)
             self._pass_changes_on(call, given, (args, kwargs))
         except Exception as error:
             frame.fail(describe_error(error))

@@ -167,3 +167,45 @@ def summed(module, wholes, lengths):
 def test_lengths_that_are_looked_at(loop):
     reason = optimised_and_same(loop).report.opaque[""]
     assert reason.startswith("its Python code branches on the values of a tensor (test_pieces.py:")
+
+
+class Lengths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, bounds):
+        return x * self.scale, bounds.diff().tolist()
+
+
+class Halves(nn.Module):
+    """One module tells the lengths, another multiplies what is before the first bound."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(H, eps=1e-6)
+        self.lengths = Lengths()
+        self.first = First()
+
+    def forward(self, x, bounds):
+        x, lengths = self.lengths(x, bounds)
+        return self.norm(self.first(x, lengths))
+
+
+class First(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, x, lengths):
+        first, *rest = x.split(lengths)
+        return torch.cat([first * self.scale, *rest])
+
+
+def test_lengths_that_another_module_gets():
+    model, inputs = Halves(), (torch.randn(6, H), torch.tensor([0, 2, 6]))
+    optimised = ligerfx.optimize(model, inputs)
+    assert optimised.report.opaque["lengths"] == "a list of the numbers in a tensor is handed to another module"
+    assert "" not in optimised.report.opaque and optimised.report.idioms == {"rms_norm": 1}
+    for x, bounds in (inputs, (torch.randn(7, H), torch.tensor([0, 5, 7]))):
+        assert torch.equal(optimised(x, bounds), model(x, bounds))

@@ -11,6 +11,7 @@ from models import make
 
 pytest.importorskip("trl", reason="needs trl")
 from datasets import Dataset  # noqa: E402
+from training.trl_runs import SFT_ARGUMENTS, dpo_rows, logged, sft_rows  # noqa: E402
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 pytestmark = [
@@ -38,12 +39,7 @@ def both():
 def assert_close_runs(runs, rel=1e-3):
     """Logs, times left out, and what was learnt; gives the log of the optimised model."""
     logs = [
-        {
-            f"{number} {key}": value
-            for number, entry in enumerate(run.state.log_history)
-            for key, value in entry.items()
-            if "time" not in key and "per_second" not in key
-        }
+        {f"{number} {key}": value for number, entry in enumerate(logged(run)) for key, value in entry.items()}
         for run in runs
     ]
     assert runs[1].model.device.type == "cuda"
@@ -51,27 +47,14 @@ def assert_close_runs(runs, rel=1e-3):
     return logs[1]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"completion_only_loss": True},
-        {"packing": True},
-        {"padding_free": True, "max_length": None},
-        {"gradient_checkpointing": True, "peft": True},
-        {"bf16": True},
-    ],
-    ids=lambda arguments: next(iter(arguments)),
-)
+@pytest.mark.parametrize("arguments", [*SFT_ARGUMENTS, {"bf16": True}], ids=lambda arguments: next(iter(arguments)))
 def test_sft(both, tokenizer, text, tmp_path, arguments):
     arguments = dict(arguments)
     adapter = None
     if arguments.pop("peft", False):
         peft = pytest.importorskip("peft", reason="needs peft")
         adapter = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights="gaussian")
-    words = [text(6 + i % 4, seed=i).split() for i in range(8)]
-    rows = [{"prompt": " ".join(w[:3]), "completion": " " + " ".join(w[3:])} for w in words]
-    if "completion_only_loss" not in arguments:
-        rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    rows = sft_rows(text, arguments)
     runs, start = [], [p.detach().clone() for p in both[0].parameters()]
     for m in both:
         torch.manual_seed(0)
@@ -93,10 +76,7 @@ def test_sft(both, tokenizer, text, tmp_path, arguments):
 
 
 def test_dpo(both, tokenizer, text, tmp_path):
-    rows = Dataset.from_list(
-        [{"prompt": text(4, i), "chosen": " " + text(3 + i % 3, i + 10), "rejected": " " + text(4, i + 20)}
-         for i in range(4)]
-    )  # fmt: skip
+    rows = dpo_rows(text)
     runs, start = [], [p.detach().clone() for p in both[0].parameters()]
     reference = copy.deepcopy(both[0])
     with torch.no_grad():

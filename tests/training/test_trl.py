@@ -13,6 +13,7 @@ from models import make
 pytest.importorskip("trl", reason="needs trl")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
+from training.trl_runs import SFT_ARGUMENTS, dpo_rows, logged, sft_rows  # noqa: E402
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # of TRL's own: deprecations, attention that may mix packed rows
@@ -46,13 +47,7 @@ def both(model, learnt, calls):
 
 
 def assert_equal_runs(first, second):
-    logs = [
-        [
-            {k: v for k, v in entry.items() if "time" not in k and "per_second" not in k}
-            for entry in trainer.state.log_history
-        ]
-        for trainer in (first, second)
-    ]
+    logs = [logged(trainer) for trainer in (first, second)]
     assert logs[0] == logs[1]
     pairs = zip(first.model.named_parameters(), second.model.named_parameters(), strict=True)
     for (name, p), (other, q) in pairs:
@@ -60,23 +55,11 @@ def assert_equal_runs(first, second):
     return logs[0]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"completion_only_loss": True},
-        {"packing": True},
-        {"padding_free": True, "max_length": None},
-        {"gradient_checkpointing": True, "peft": True},
-    ],
-    ids=lambda arguments: next(iter(arguments)),
-)
+@pytest.mark.parametrize("arguments", SFT_ARGUMENTS, ids=lambda arguments: next(iter(arguments)))
 def test_sft(both, tokenizer, text, tmp_path, calls, arguments):
     arguments = dict(arguments)
     adapter = arguments.pop("peft", False)
-    words = [text(6 + i % 4, seed=i).split() for i in range(8)]
-    rows = [{"prompt": " ".join(w[:3]), "completion": " " + " ".join(w[3:])} for w in words]
-    if "completion_only_loss" not in arguments:
-        rows = [{"text": row["prompt"] + row["completion"]} for row in rows]
+    rows = sft_rows(text, arguments)
     runs = []
     for m in both:
         calls.clear()
@@ -134,10 +117,7 @@ def test_logits_for_metrics(both, tokenizer, text, tmp_path):
 
 def test_dpo(both, tokenizer, text, tmp_path, calls):
     """Here the reference model is optimised, too."""
-    rows = Dataset.from_list(
-        [{"prompt": text(4, i), "chosen": " " + text(3 + i % 3, i + 10), "rejected": " " + text(4, i + 20)}
-         for i in range(4)]
-    )  # fmt: skip
+    rows = dpo_rows(text)
     runs = []
     for m in both:
         calls.clear()

@@ -103,6 +103,10 @@ class Loops:
         self._results: dict[int, tuple[_Call, int | None]] = {}  # by id of the tensor, with its place in the result
         self._alive: list[Any] = []  # keeps ids valid
 
+    def __bool__(self) -> bool:
+        """Whether lengths were asked for: else there are no pieces."""
+        return bool(self._lengths)
+
     def lengths(self, tensor: torch.Tensor, fakes: FakeInputs) -> Lengths:
         self._alive.append(tensor)
         return self._lengths.setdefault(id(tensor), Lengths(tensor, fakes))

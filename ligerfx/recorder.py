@@ -60,7 +60,7 @@ class Recorder(TorchFunctionMode):
         if self.frames[-1].guessing:
             with self.fakes.shape_env.suppress_guards():
                 return self.guesses.run(self._shapes.run, func, name, args, kwargs)
-        if (out := self._of_pieces(name, args, kwargs)) is not None:
+        if self.frames[-1].loops and (out := self._of_pieces(name, args, kwargs)) is not None:
             return out
         if name in MEASURING or getattr(getattr(func, "__self__", None), "__name__", "") == "shape":
             self.frames[-1].measured.append(args[0])

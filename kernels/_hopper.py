@@ -2,8 +2,8 @@
 
 What follows a product is often bound by memory, and much of what it moves is what the product has just written. As the
 end of that product it takes little time of its own: of the groups of warps of a program one loads, two multiply, and
-one finishes the tile before, which waits for memory while the tensor cores work. Tiles are wide, since
-it is the level 2 cache that limits them; at the card's power limit, where a training step runs, more than before.
+one finishes the tile before, which waits for memory while the tensor cores work. Tiles are wide, since it is the level
+2 cache that limits them; at the card's power limit, where a training step runs, more than before.
 
 Written in Gluon, Triton's language of layouts, barriers and groups of warps: the tensor cores stand still while
 Triton's own kernels finish a tile, and those were no faster than two kernels. Gluon has no interpreter, and may change
@@ -26,6 +26,7 @@ try:
     from triton.experimental.gluon.language.nvidia.hopper import (
         fence_async_shared,
         mbarrier,
+        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
@@ -92,6 +93,20 @@ if HAS_GLUON:
         barrier = loaded.index(stage)
         mbarrier.expect(barrier, BYTES)
         return stage, barrier
+
+    @gluon.jit
+    def load_factors(a_d, b_d, a_s, b_s, loaded, free, tiles, sizes, BY_ROWS: gl.constexpr):
+        """For a product of tiles of 256 columns. BY_ROWS: rows of the second factor are of the common dimension."""
+        n_rows, n_cols, depth = sizes
+        step = 0
+        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            row, col = corner(tile, n_rows, n_cols, 2 * HALF)
+            for k in range(0, depth, DEPTH):
+                stage, barrier = stage_to_fill(step, loaded, free, a_d.block_type.nbytes + b_d.block_type.nbytes)
+                tma.async_copy_global_to_shared(a_d, [row, k], barrier, a_s.index(stage))
+                at = [k, col] if BY_ROWS else [col, k]
+                tma.async_copy_global_to_shared(b_d, at, barrier, b_s.index(stage))
+                step += 1
 
     @gluon.jit
     def multiply(half: gl.constexpr, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, BY_ROWS: gl.constexpr):

@@ -18,6 +18,7 @@ if HAS_GLUON:
         gl,
         gluon,
         hopper_jit,
+        load_factors,
         load_slab,
         multiply,
         shared_memory,
@@ -25,18 +26,6 @@ if HAS_GLUON:
         stage_to_fill,
         store_slab,
     )
-
-    @gluon.jit
-    def _load_gradients(dy_d, weight_d, a_s, b_s, loaded, free, sizes):
-        n_rows, n_cols, depth = sizes
-        step = 0
-        for tile in range(gl.program_id(0), count_tiles(n_rows, n_cols, 2 * HALF), gl.num_programs(0)):
-            row, col = corner(tile, n_rows, n_cols, 2 * HALF)
-            for k in range(0, depth, DEPTH):
-                stage, barrier = stage_to_fill(step, loaded, free, 3 * dy_d.block_type.nbytes)
-                tma.async_copy_global_to_shared(dy_d, [row, k], barrier, a_s.index(stage))
-                tma.async_copy_global_to_shared(weight_d, [k, col], barrier, b_s.index(stage))
-                step += 1
 
     @gluon.jit
     def _finish_gradients(panels, full, empty, pointers, strides, sizes, ACTIVATE: gl.constexpr):
@@ -82,7 +71,7 @@ if HAS_GLUON:
                 (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, True)),
                 (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, True)),
                 (_finish_gradients, (panels, full, empty, pointers, strides, sizes, ACTIVATE)),
-                (_load_gradients, (dy_d, weight_d, a_s, b_s, loaded, free, sizes)),
+                (load_factors, (dy_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, True)),
             ],
             [4, 4, 1],
             [160, 168, 24],  # registers a thread; what is left of 512 for four warps of each is the first group's

@@ -7,7 +7,7 @@ from ._hopper import DEPTH, HALF, HAS_GLUON, ROWS
 from .crossentropy import LOG2_E
 
 if HAS_GLUON:
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
     from ._hopper import (
         PANEL,
@@ -19,25 +19,13 @@ if HAS_GLUON:
         gl,
         gluon,
         hopper_jit,
+        load_factors,
         multiply,
         shared_memory,
         slab_at,
         slabs_of,
-        stage_to_fill,
         store_slab,
     )
-
-    @gluon.jit
-    def _load_factors(x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes):
-        n_rows, n_cols, depth = sizes
-        step = 0
-        for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            row, col = corner(tile, n_rows, n_cols, 2 * HALF)
-            for k in range(0, depth, DEPTH):
-                stage, barrier = stage_to_fill(step, loaded, free, x_d.block_type.nbytes + weight_d.block_type.nbytes)
-                tma.async_copy_global_to_shared(x_d, [row, k], barrier, a_s.index(stage))
-                tma.async_copy_global_to_shared(weight_d, [col, k], barrier, b_s.index(stage))
-                step += 1
 
     @gluon.jit
     def _load_rows(pointer, row, n_rows):
@@ -100,7 +88,7 @@ if HAS_GLUON:
                 (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
                 (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
                 (_finish_exponentials, (panels, full, empty, pointers, stride, scale, tiles, sizes, SOFTCAP)),
-                (_load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes)),
+                (load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, False)),
             ],
             [4, 4, 1],
             [160, 168, 24],

@@ -18,7 +18,7 @@ import torch
 
 from . import _hopper, _hopper_loss
 from ._runtime import ceil_div, jit, launch_device, tl
-from ._weight_grad import WeightGrad
+from ._weight_grad import WeightGrad, add_product
 from .crossentropy import LOG_2, through_softcap, to_z
 
 LARGEST = tl.constexpr(2.0**100)
@@ -209,8 +209,8 @@ def add_chunk(
                 softcap, factor is not None, 8, 256, 256, num_warps=4,
             )  # fmt: skip
         if dx is not None:
-            wide = {"out_dtype": torch.float32} if x.is_cuda else {}
-            product = torch.mm(buffer, weight, **wide)
+            product = torch.empty(n_rows, hidden, dtype=torch.float32, device=x.device)
+            add_product(product, buffer, weight, overwrite=True)
             _dx_kernel[(n_rows,)](
                 product, a, hot, label, weight, to, dx, weight.stride(0), hidden, 1024, num_warps=4
             )  # fmt: skip

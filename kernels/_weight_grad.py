@@ -58,7 +58,7 @@ class WeightGrad:
             rows = a[start : start + part.shape[0]]
             start += part.shape[0]
             if rows.shape[0]:
-                _add_product(part, rows, b, overwrite=self.empty)
+                add_product(part, rows, b, overwrite=self.empty)
         self.empty = False
 
     def scaled(self, factor: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class WeightGrad:
         return self.result
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, overwrite: bool) -> None:
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, overwrite: bool) -> None:
     """total += a @ b, or total = a @ b."""
     dtype = {}
     if total.dtype != a.dtype:

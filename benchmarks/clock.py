@@ -10,8 +10,8 @@ import torch
 from benchmarks.cases import leaf
 
 WARM_UP_MS, REPEAT_MS = 20, 60  # of every measurement, over all rounds
-# Of matrix products, which bring a card to its power limit: its clock then takes a tenth of a second to settle.
-PRODUCTS_WARM_UP_MS, PRODUCTS_REPEAT_MS = 450, 450
+# Of matrix products, which bring a card to its power limit: its clock then takes some tenths of a second to settle.
+PRODUCTS_WARM_UP_MS, PRODUCTS_REPEAT_MS = 900, 600
 HOST_CALLS = 100  # a round
 FLUSH_BYTES = 256 * 2**20  # several times the L2 of any GPU
 

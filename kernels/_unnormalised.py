@@ -208,6 +208,7 @@ def add_chunk(
                 losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
                 softcap, factor is not None, 8, 256, 256, num_warps=4,
             )  # fmt: skip
+        del sums, tops  # as large as the product below
         if dx is not None:
             product = torch.empty(n_rows, hidden, dtype=torch.float32, device=x.device)
             add_product(product, buffer, weight, overwrite=True)

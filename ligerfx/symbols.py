@@ -170,9 +170,9 @@ class FakeInputs:
                         if strides is None
                         else torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
                     )
-            fake = FakeTensor(self.mode, self._layouts[layout], device)
-            torch._functionalize_unsafe_set(fake, torch.empty(_LARGE, dtype=torch.uint8, device="meta"))
-        return fake
+            copy = self._layouts[layout].detach()
+            torch._functionalize_unsafe_set(copy, torch.empty(_LARGE, dtype=torch.uint8, device="meta"))
+            return FakeTensor(self.mode, copy, device)
 
     def like(self, value: torch.Tensor) -> torch.Tensor:
         """A new fake with the sizes, strides, dtype and device of another."""

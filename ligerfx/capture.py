@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 
 from .constants import PLAIN
 from .names import Name
-from .sharded import gathers_nothing, is_view_of_flat
+from .sharded import gathers_nothing, is_view_of_flat, lends_parameters
 from .traced_numbers import TracedInt, plain
 
 OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -112,6 +112,14 @@ class Tie(Alias):
 
     def same(self, module: nn.Module) -> bool:
         return tensor_of(module, self.name) is tensor_of(module, self.value)
+
+
+@dataclasses.dataclass(eq=False)
+class Lends(Read):
+    """A linear layer with these parameters (`value`), which a fused operation reads inside a call of that layer."""
+
+    def same(self, module: nn.Module) -> bool:
+        return lends_parameters(module) and present_parameters(module) == self.value
 
 
 @dataclasses.dataclass(eq=False)

@@ -94,6 +94,8 @@ def obstacle(match: Match, places: Places) -> str | None:
     for node in sorted(match.interior, key=order.__getitem__):
         if mutates(node):
             return f"`{node}` works in place at {node.meta.get('source', '?')}"
+        if node.meta.get("lends") and match.pattern.inside is None:
+            return f"the weights of `{node.target}` are gathered by its hooks, for its own call"
         if node in outputs or _follows_from(node, outputs, match.interior):
             continue
         for user in node.users:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from .capture import Capture, Read, StandsFor, structure
+from .capture import Capture, Lends, Read, StandsFor, structure
 from .cost import Cost, cost
 from .deferred import deferred_logits, settled_if_sharded
 from .dissolve import Borders, borders, dissolved, scopes, straddled
@@ -124,7 +124,12 @@ class Session:
     def _rewritten(self, capture: Capture, matches: list[Match], near: list[NearMiss], chosen: set[str]) -> Program:
         matches = matches[: self.limit]
         layers = [n for m in matches for n in m.interior if n.op == "call_module"]
-        capture.absorbed |= {n.target: (nn.Linear, tuple(n.meta["parameters"])) for n in layers}
+        for layer in layers:
+            parameters = tuple(layer.meta["parameters"])
+            if layer.meta.get("lends"):
+                capture.reads.append(Lends(layer.target, "", parameters))
+            else:
+                capture.absorbed[layer.target] = nn.Linear, parameters
         conditions = size_conditions(capture, bool(chosen))
         checks = capture.module_checks()
         guard = guard_of(conditions, checks, list(capture.names.values()))
@@ -399,8 +404,11 @@ def warn_of_full_logits(module: OptimizedModule, program: Program) -> None:
                 )
                 cure = "As a plain nn.Linear (after merge_and_unload(), say), it is fused with the loss"
                 if is_fully_sharded(head):
-                    what = "a unit of FSDP of its own, or with a norm, whose hooks gather its weights"
-                    cure = "Left to the unit of the whole model, it is fused with the loss"
+                    what = "a unit of FSDP of its own, or with a norm, which may free its weights after the forward"
+                    cure = (
+                        "In a unit with reshard_after_forward=False and without other hooks, or left to the unit of "
+                        "the whole model, it is fused with the loss"
+                    )
                 elif any(hasattr(parameter, "ds_shape") for parameter in head.parameters(recurse=False)):
                     what = "sharded by DeepSpeed ZeRO-3, whose hooks gather its weights"
                     cure = "With ZeRO-2, it is fused with the loss"

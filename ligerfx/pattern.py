@@ -49,6 +49,7 @@ class Pattern:
     when: Callable[..., str | None] | None = None
     forks: str | None = None
     early: dict[str, Callable] = field(default_factory=dict)
+    inside: Callable | None = None
     benefit: float = 0
     example: dict[str, Any] = field(default_factory=dict)  # dimension or constant -> a value that suits the pattern
     tensors: dict[str, str | None] = field(default_factory=dict)  # name -> dimensions
@@ -237,6 +238,7 @@ def pattern(
     when: Callable[..., str | None] | None = None,
     forks: str | None = None,
     early: dict[str, Callable] | None = None,
+    inside: Callable | None = None,
     benefit: float = 0,
     example: dict[str, Any] | None = None,
 ) -> Callable[[Callable], Pattern]:
@@ -252,6 +254,8 @@ def pattern(
             later (a residual addition) takes it from there, so that the kernel's backward can add both gradients.
         early: further arguments of `replace`, each made by a function of some inputs and constants, by name. Where
             these follow from the module's own inputs, it is called at the start of the forward.
+        inside: what computes all outputs where a layer, called `head`, lends its parameters (see `sharded`): gets that
+            module in place of them.
         benefit: where matches overlap, the one of the pattern with the larger benefit is taken; between equals the
             one that covers more, then the one whose pattern is listed first.
         example: sizes of dimensions and values of constants, by name, with which the function runs and `when`
@@ -320,6 +324,7 @@ def pattern(
             when,
             forks,
             early or {},
+            inside,
             benefit,
             example or {},
             tensors,

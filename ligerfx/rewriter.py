@@ -107,7 +107,10 @@ def _replace(graph: Graph, match: Match) -> tuple[Node, dict[Node, Node]]:
         if node.op == "get_attr" and node > point:
             point.prepend(node)
     with graph.inserting_before(point):
-        targets = match.pattern.replace
+        targets, lender = match.pattern.replace, next((n for n in inside if n.meta.get("lends")), None)
+        if lender is not None:
+            targets = match.pattern.inside
+            match.inputs["head"] = graph.create_node("get_attr", lender.target)
         if not callable(targets):
             new = [_call(graph, t, match, out) for t, out in zip(targets, match.outputs, strict=True)]
             call = new[-1]

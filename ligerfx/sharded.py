@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,32 @@ def gathers_nothing(module: nn.Module) -> bool:
     of_zero = all(getattr(hook, "__module__", "") in _ZERO for hook in hooks)
     others = module._backward_hooks or module._backward_pre_hooks or vars(module).get("_external_params")
     return of_zero and not others and next(module.parameters(), None) is None
+
+
+def lends_parameters(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose call gathers its weights, which then stay whole until the backward: one
+    in a unit of FSDP2 (`reshard_after_forward=False`), with no hooks but those of FSDP2."""
+    if not is_fully_sharded(module) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return False
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one group before torch 2.12
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return (
+        all(group is not None and group.post_forward_mesh_info is None for group in groups)
+        and state._mp_policy.output_dtype in (None, torch.float32)  # nothing is rounded on the way out
+        and all(map(is_hook_of_fsdp, hooks))
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
+
+
+def call_with(module: nn.Module, forward: Callable, *args: Any) -> Any:
+    """What calling `module` gives with another forward: its hooks do what they do around any call."""
+    module.forward = forward
+    try:
+        return module(*args)
+    finally:
+        del module.forward
 
 
 def is_hook_of_fsdp(hook: Any) -> bool:

@@ -29,6 +29,7 @@ from .opaque import own_results, symbolic_inputs
 from .pieces import refuse_unknown
 from .recorder import Recorder
 from .shadow import ShadowTree, exposes_parameters, is_leaf_module, owns_nothing
+from .sharded import lends_parameters
 from .signature import call_key, parameter_names, same_containers
 from .source import describe_error
 from .symbols import FakeInputs, bind_sizes, expression, symbols_of
@@ -156,8 +157,9 @@ class Tracer(Recorder):
         target = frame.relative(path)
         frame.log_containers(target)
         node = frame.record("call_module", target, args, kwargs, out)
-        if node is not None and exposes_parameters(real):
-            node.meta["parameters"] = {}
+        lends = node is not None and lends_parameters(real)
+        if node is not None and (lends or exposes_parameters(real)):
+            node.meta.update(parameters={}, lends=lends)
             with frame.graph.inserting_before(node):
                 for name, value in parameters_of(real).items():
                     attribute = frame.graph.create_node("get_attr", join(node.target, name))

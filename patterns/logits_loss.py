@@ -12,10 +12,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ligerfx.deferred import deferred_logits
 from ligerfx.kernels import cross_entropy, linear_cross_entropy, rows_that_count
+from ligerfx.kernels.linear_crossentropy import LOGITS_BUDGET
 from ligerfx.pattern import Pattern, pattern
+from ligerfx.sharded import call_with
 
 
 def _loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:
@@ -31,6 +34,23 @@ def _applies(
     return None if reduction in ("mean", "sum") else f"reduction {reduction!r}: the kernel sums or averages"
 
 
+def linear_cross_entropy_inside(
+    head: nn.Linear, x: torch.Tensor, target: torch.Tensor,
+    *, softcap: float | None = None, scale: float = 1.0, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0, rows: object = None, logits_budget: int = LOGITS_BUDGET,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The loss and the deferred logits, computed in a call of `head`, whose hooks gather its weights."""
+
+    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = linear_cross_entropy(
+            x, head.weight, target, head.bias, softcap=softcap, scale=scale, ignore_index=ignore_index,
+            reduction=reduction, label_smoothing=label_smoothing, rows=rows, logits_budget=logits_budget,
+        )  # fmt: skip
+        return loss, deferred_logits(x, head.weight, head.bias, softcap=softcap, scale=scale)
+
+    return call_with(head, forward, x)
+
+
 def _logits_loss(fixed: dict) -> Pattern:
     def logits_loss(
         x: "... H", weight: "V H", target: "int ...", bias: "V" = None,
@@ -43,7 +63,9 @@ def _logits_loss(fixed: dict) -> Pattern:
         return loss, logits
 
     replace = (partial(linear_cross_entropy, **fixed), deferred_logits)
-    return pattern(replace=replace, idioms=["linear_cross_entropy"], when=_applies, early=EARLY)(logits_loss)
+    inside = partial(linear_cross_entropy_inside, **fixed)
+    idioms = ["linear_cross_entropy"]
+    return pattern(replace=replace, idioms=idioms, when=_applies, early=EARLY, inside=inside)(logits_loss)
 
 
 @pattern(replace=cross_entropy, idioms=["cross_entropy"], when=_applies)

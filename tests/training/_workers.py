@@ -12,10 +12,13 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -240,14 +243,86 @@ def fsdp2_accumulation(folder):
     assert all(torch.equal(a, b) for a, b in zip(whole(model).values(), whole(original).values(), strict=True))
 
 
-def fsdp2_with_a_unit_of_norm_and_head(folder):
-    """What accelerate makes. The hooks of the unit bring the head's weights and take them away, so it is called."""
-    model = ligerfx.optimize(make("llama"))
+def with_a_last_unit(model, tied=False, reshard_after_forward=False, **arguments):
+    """Sharded as accelerate does it: the last norm and the head (and the embedding that is tied to it) are a unit."""
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **arguments)
+    last = [model.model.norm, *([model.model.embed_tokens] if tied else []), model.lm_head]
+    fully_shard(last, mesh=mesh, reshard_after_forward=reshard_after_forward, **arguments)
+    return fully_shard(model, mesh=mesh, **arguments)
+
+
+def fsdp2_with_a_unit_of_norm_and_head(folder):
+    """The loss is computed in the head's call, whose hooks bring its weights."""
+    model = with_a_last_unit(ligerfx.optimize(make("llama")))
+    losses = train(model)
+    assert_reference(whole(model), losses, "llama")
+    assert_rewritten(model)
+
+    original, inputs = with_a_last_unit(make("llama")), shards(0)[dist.get_rank()]
+    original.load_state_dict(model.state_dict())
+    for m in (original, model):
+        m.zero_grad()
+    output, expected = model(**inputs, use_cache=False), original(**inputs, use_cache=False)
+    assert type(output.logits) is ligerfx.DeferredTensor and output.logits._value is None
+    for out in (output, expected):
+        (out.loss + (out.logits + 0).square().mean()).backward()  # logits that are read before the backward
+    for (name, p), q in zip(model.named_parameters(), original.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad.full_tensor(), rtol=1e-5, atol=1e-7, msg=name)
+    output = model(**inputs, use_cache=False)
+    output.loss.backward()
+    raises(RuntimeError, "Read outputs.logits before the backward", lambda: output.logits.argmax(-1))
+    for m in (original, model):
+        m.eval()
+    with torch.no_grad():
+        output, expected = model(**inputs), original(**inputs)
+        assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+
+    seen = []
+    model.train().lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model(**inputs, use_cache=False)
+    assert seen == [output.logits.shape], "a hook of the user's, which is to see logits"
+    assert any("lm_head" in str(w.message) for w in caught), [str(w.message) for w in caught]
+
+
+def fsdp2_with_a_last_unit_tied(folder):
+    model = with_a_last_unit(ligerfx.optimize(make("llama_tied")), tied=True)
+    losses = train(model)
+    assert_reference(whole(model), losses, "llama_tied")
+    assert_rewritten(model)
+
+
+def fsdp2_with_a_last_unit_in_bf16(folder):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = with_a_last_unit(ligerfx.optimize(make("llama")), mp_policy=policy)
+    original = with_a_last_unit(make("llama"), mp_policy=policy)
+    losses, expected = train(model), train(original, fused=False)
+    assert losses == expected, (losses, expected)
+    assert all(torch.equal(a, b) for a, b in zip(whole(model).values(), whole(original).values(), strict=True))
+
+
+def fsdp2_of_accelerate(folder):
+    """Its units; an Accelerator itself uses FSDP on accelerators alone."""
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )  # fmt: skip
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, device="cpu"
+    )
+    for name in ("llama", "llama_tied"):
+        model = fsdp2_prepare_model(accelerator, ligerfx.optimize(make(name)))
+        losses = train(model)
+        assert_reference(whole(model), losses, name)
+        assert_rewritten(model)
+
+
+def fsdp2_with_a_last_unit_that_reshards(folder):
+    """The weights are gone after the head's call, and logits may be read: it is called as it is."""
+    model = with_a_last_unit(ligerfx.optimize(make("llama")), reshard_after_forward=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         losses = train(model, fused=False)

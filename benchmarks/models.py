@@ -18,6 +18,7 @@ class Workload(NamedTuple):
     seq: int
     config: dict[str, Any]
     steps: int = 8  # timed, a round
+    attention: str = "sdpa"
 
 
 WORKLOADS = {
@@ -69,6 +70,22 @@ WORKLOADS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
     ),
+    "gemma2-2b-13l": Workload(  # Gemma-2-2B, half of its 26 layers: soft-capped logits, four norms a layer
+        "gemma2",
+        batch=4,
+        seq=2048,
+        config={
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 13,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 256000,
+            "query_pre_attn_scalar": 256,
+        },
+        attention="eager",  # there is no other in transformers for scores with a soft cap
+    ),
     "small-host": Workload(  # so little work that the host is the limit
         "llama",
         batch=1,
@@ -98,13 +115,13 @@ WORKLOADS = {
 }
 
 
-def build(model_type: str, config: dict[str, Any], device: str) -> nn.Module:
+def build(model_type: str, config: dict[str, Any], device: str, attention: str = "sdpa") -> nn.Module:
     """A model in bf16 with random weights, for training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16, attn_implementation="sdpa"
+            AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16, attn_implementation=attention
         )
     return model.train()
 

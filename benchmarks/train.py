@@ -4,7 +4,7 @@
     python -m benchmarks.train --model small-host --variants eager,liger,ligerfx
     python -m benchmarks.train --model llama-1b --rounds 1 --profile liger,ligerfx --json out.json
 
-Weights are random and bf16, attention is SDPA, labels are given and no attention mask is. Every measurement is
+Weights are random and bf16, attention is SDPA (eager for Gemma-2), labels are given and no attention mask is. Every measurement is
 a process of its own, and the results are written after each. Variants alternate, `--rounds` times over, so that
 a machine that slows down does so for all of them. Compilation caches start empty and are kept between rounds.
 
@@ -44,7 +44,7 @@ def measure(name: str, workload: Workload, steps: int, details: bool, profiled: 
     load(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = build(workload.model_type, workload.config, device)
+    model = build(workload.model_type, workload.config, device, workload.attention)
     ids = torch.randint(model.config.vocab_size, (workload.batch, workload.seq), device=device)
 
     synchronize()

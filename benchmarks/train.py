@@ -4,9 +4,9 @@
     python -m benchmarks.train --model small-host --variants eager,liger,ligerfx
     python -m benchmarks.train --model llama-1b --rounds 1 --profile liger,ligerfx --json out.json
 
-Weights are random and bf16, attention is SDPA (eager for Gemma-2), labels are given and no attention mask is. Every measurement is
-a process of its own, and the results are written after each. Variants alternate, `--rounds` times over, so that
-a machine that slows down does so for all of them. Compilation caches start empty and are kept between rounds.
+Weights are random and bf16, attention is SDPA (eager for Gemma-2), labels are given and no attention mask is. Every
+measurement is a process of its own, and the results are written after each. Variants alternate, `--rounds` times over,
+so that a machine that slows down does so for all of them. Compilation caches start empty and are kept between rounds.
 
 The first round also measures the host alone: the time until all calls of a step have returned, on a device that
 is idle when the step starts. It includes waiting where a step reads from the device, or has launched more than

@@ -82,7 +82,7 @@ def clamped_glu(
     """(u + offset) * g * sigmoid(alpha * g), where g = min(gate, limit) and u is up held within -limit and limit.
 
     Computed in float32 and rounded once; the backward computes it again from gate and up. Where a limit holds, the
-    gradient is zero.
+    gradient is zero; where it is just met, what that of this torch's `clamp` is.
 
     Args:
         gate: [..., I], floating point. Rows one stride apart (halves of a packed tensor) are not copied.

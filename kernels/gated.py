@@ -1,9 +1,11 @@
 """Gated linear units, act(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
+import functools
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._activations import IN_TORCH, Activation, in_torch, in_triton, key_of
 from ._operators import operator
@@ -61,9 +63,9 @@ def _load(gate_ptr, up_ptr, row, gate_stride, up_stride, first, n_cols, INTERLEA
 
 
 @triton.jit
-def _unit(gate, up, dy, ACTIVATE: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+def _unit(gate, up, dy, ACTIVATE: tl.constexpr, LIMIT: tl.constexpr, AT_LIMIT: tl.constexpr, OFFSET: tl.constexpr):
     """y and, from its gradient, those of gate and up. For what a kernel does not use of them, nothing is loaded or
-    computed."""
+    computed. AT_LIMIT: whether a gradient passes where the limit is met, and not exceeded."""
     held_gate = gate
     factor = up
     if LIMIT is not None:
@@ -76,8 +78,9 @@ def _unit(gate, up, dy, ACTIVATE: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.
     dgate = dy * factor * slope
     dup = dy * value
     if LIMIT is not None:
-        dgate = tl.where(gate <= LIMIT, dgate, 0.0)
-        dup = tl.where(tl.abs(up) <= LIMIT, dup, 0.0)
+        size = tl.abs(up)
+        dgate = tl.where(gate <= LIMIT if AT_LIMIT else gate < LIMIT, dgate, 0.0)
+        dup = tl.where(size <= LIMIT if AT_LIMIT else size < LIMIT, dup, 0.0)
     return value * factor, dgate, dup
 
 
@@ -101,7 +104,7 @@ def _fwd_kernel(
     row = (pid // col_blocks).to(tl.int64)
     first = (pid % col_blocks).to(tl.int64) * BLOCK
     gate, up = _load(gate_ptr, up_ptr, row, gate_stride, up_stride, first, n_cols, INTERLEAVED, BLOCK)
-    y, _, _ = _unit(gate, up, 0.0, ACTIVATE, LIMIT, OFFSET)
+    y, _, _ = _unit(gate, up, 0.0, ACTIVATE, LIMIT, True, OFFSET)
     cols = first + tl.arange(0, BLOCK)
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=cols < n_cols)
 
@@ -124,6 +127,7 @@ def _bwd_kernel(
     col_blocks,
     ACTIVATE: tl.constexpr,
     LIMIT: tl.constexpr,
+    AT_LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -136,7 +140,7 @@ def _bwd_kernel(
     mask = cols < n_cols
     dy = tl.load(dy_ptr + row * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gate, up = _load(gate_ptr, up_ptr, row, gate_stride, up_stride, first, n_cols, INTERLEAVED, BLOCK)
-    z, dgate, dup = _unit(gate, up, dy, ACTIVATE, LIMIT, OFFSET)
+    z, dgate, dup = _unit(gate, up, dy, ACTIVATE, LIMIT, AT_LIMIT, OFFSET)
     if INTERLEAVED:
         pairs = 2 * first + tl.arange(0, 2 * BLOCK)
         both = tl.interleave(dgate, dup).to(dgate_ptr.dtype.element_ty)
@@ -231,6 +235,15 @@ def glu_backward(
     return dgate, dup, z
 
 
+@functools.cache
+def clamp_has_gradient_at_limit() -> bool:
+    """Whether `torch.clamp` hands the gradient on where its input is the limit: up to torch 2.13, and not in 2.14."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones((), device="cpu", requires_grad=True)
+        (slope,) = torch.autograd.grad(x.clamp(max=1.0), x)
+    return bool(slope)
+
+
 def _backward_results(dy, gate, up, activation, need_gate, need_up, need_z, *options):
     grads = [(gate, need_gate), (up, need_up)]
     results = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x, need in grads if need]
@@ -260,7 +273,8 @@ def _backward(
     with launch_device(gate):
         _bwd_kernel[(programs,)](
             *tensors, *strides, n_cols, col_blocks,
-            in_triton(activation), limit, offset, interleaved, block, num_warps=4,
+            in_triton(activation), limit, limit is None or clamp_has_gradient_at_limit(), offset, interleaved, block,
+            num_warps=4,
         )  # fmt: skip
     return results
 

@@ -154,7 +154,7 @@ def test_bench_trains_both_from_the_same_weights(references):
 def test_env(run):
     code, out, _ = run("env")
     assert code == 0
-    assert f"torch: {torch.__version__}" in out
+    assert f"torch: {torch.__version__.partition('+')[0]}" in out
     assert "kernels: " in out and "python: 3." in out
 
 

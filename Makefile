@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for HuggingFace's package.
 test: $(INSTALLED)
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 --dist worksteal
 	$(MAKE) test-processes
 
 # By themselves: each test has two processes already, which wait for each other.

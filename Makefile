@@ -1,6 +1,6 @@
 # make demo    optimise a small model and train it beside the original
 # make test    the test suite (tests/gpu is skipped without a GPU)
-# make test-processes    its last part alone: DDP, FSDP and DeepSpeed, where that is installed, in two processes
+# make test-processes    its last part alone: DDP, FSDP and DeepSpeed, in two processes
 # make lint    ruff
 # make clean   remove the virtual environment and what the tools left behind
 

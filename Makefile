@@ -1,6 +1,6 @@
 # make demo    optimise a small model and train it beside the original
 # make test    the test suite (tests/gpu is skipped without a GPU)
-# make test-processes    its last part alone: DDP, FSDP and DeepSpeed, where that is installed, in two processes
+# make test-processes    its last part alone: DDP, FSDP and DeepSpeed, in two processes
 # make lint    ruff
 # make clean   remove the virtual environment and what the tools left behind
 
@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 # Not `python -m pytest`: that puts this folder on sys.path, where kernels/ would pass for HuggingFace's package.
 test: $(INSTALLED)
-	$(VENV)/bin/pytest -n 2
+	$(VENV)/bin/pytest -n 2 --dist worksteal
 	$(MAKE) test-processes
 
 # By themselves: each test has two processes already, which wait for each other.

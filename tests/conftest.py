@@ -10,9 +10,14 @@ if not torch.cuda.is_available():
 
 from pathlib import Path
 
+import interpreter
 import pytest
 
 import ligerfx.kernels
+from ligerfx.kernels._runtime import INTERPRET
+
+if INTERPRET:
+    interpreter.quicken()
 
 # Tensors are tiny here: where others use the cores too, threads cost a hundred times the work.
 torch.set_num_threads(1)

@@ -6,6 +6,7 @@ Triton kernels in the interpreter; on a GPU the kernels themselves.
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -78,11 +79,22 @@ def assert_no_worse_than_eager(model, optimised, *size, batches=1):
     assert worst <= 2, f"one gradient is {worst} times as far off as eager's"
 
 
+@functools.cache
+def captured(family, device):
+    """A model in float32 and what `optimize` makes of it. Tests only call them: they have a capture in common."""
+    model = make(family, device=device)
+    return model, ligerfx.optimize(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_idiom_is_rewritten(family):
-    model = make(family)
-    report = ligerfx.optimize(model).report
+def test_every_idiom_is_rewritten_and_the_report_prints_it(family, device):
+    model, optimised = captured(family, device)
+    report = optimised.report
     assert report.idioms == expected_idioms(model)
+    norms = report.idioms["rms_norm"]
+    assert f"{norms}/{norms} RMSNorm" in str(report)
+    assert sum(rewrite.bytes_saved for rewrite in report.rewrites) > 0
+    assert all(rewrite.source for rewrite in report.rewrites)
     assert not report.near_misses
     # Older transformers choose longrope's frequencies by a branch on the data; the rest is captured all the same.
     assert not report.opaque or (family == "phi4_longrope" and list(report.opaque) == ["model.rotary_emb"])
@@ -90,9 +102,7 @@ def test_every_idiom_is_rewritten(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32(family, backend, device):
-    model = make(family, device=device)
-    optimised = ligerfx.optimize(model)
-    assert optimised.report.idioms == expected_idioms(model)
+    model, optimised = captured(family, device)
     assert_equal_in_fp32(model, optimised, batch(model), bits=backend == "reference")
 
 
@@ -101,7 +111,7 @@ def test_low_precision(family, backend, device):
     # Triton's interpreter truncates where bf16 should be rounded, so fp16 stands for low precision there.
     dtype = torch.float16 if backend == "interpreter" else torch.bfloat16
     model = make(family, dtype, device)
-    optimised = ligerfx.optimize(model)
+    optimised = ligerfx.optimize(model, batch(model, 2, 9))
     assert optimised.report.idioms == expected_idioms(model)
     assert_no_worse_than_eager(model, optimised, 2, 9, batches=6 if GPU else 2)
 
@@ -113,9 +123,9 @@ MIDSIZE_FAMILIES = [f for f in FAMILIES if "_" not in f] if GPU else ["llama", "
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_midsize(family, dtype, device, references):
     model = midsize(family, dtype=dtype, device=device)
-    optimised = ligerfx.optimize(model)
-    assert optimised.report.idioms == expected_idioms(model)
     size = (2, 64 if GPU else 16)
+    optimised = ligerfx.optimize(model, batch(model, *size))
+    assert optimised.report.idioms == expected_idioms(model)
     if dtype == torch.float32:
         assert_equal_in_fp32(model, optimised, batch(model, *size), bits=not GPU)
     else:

@@ -34,14 +34,25 @@ class Norm(RMSNorm):
         return x * 2 if twice else x
 
 
+CAPTURED = {}
+
+
 @pytest.fixture(scope="module")
 def llama():
-    return make("llama")
+    """A model that is captured once: see `optimized`."""
+    model = make("llama")
+    CAPTURED[model] = ligerfx.optimize(model, batch(model))
+    yield model
+    del CAPTURED[model]
 
 
 def optimized(model):
-    """Captured with the call that the tests make, so that they need no second capture."""
-    return ligerfx.optimize(model, batch(model))
+    """Captured with the call that the tests make, so that they need no second capture. Of `llama` a copy, with
+    `llama`'s own parameters, as `optimize` gives."""
+    if model not in CAPTURED:
+        return ligerfx.optimize(model, batch(model))
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(CAPTURED[model], {id(tensor): tensor for tensor in tensors})
 
 
 def programs(optimised):

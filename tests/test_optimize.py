@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ligerfx
-from models import FAMILIES, batch, expected_idioms, make
+from models import batch, expected_idioms, make
 
 
 def snapshot(model):
@@ -66,9 +66,18 @@ def test_it_is_a_graph_module_and_the_models_class():
     assert "glu_mlp(x, gate_proj_weight, up_proj_weight, down_proj_weight" in mlp.code
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-@pytest.mark.parametrize("training", [True, False])
+# Each pair of values once.
+@pytest.mark.parametrize(
+    ("dtype", "device", "training"),
+    [
+        (torch.float32, "cpu", True),
+        (torch.float32, "meta", False),
+        (torch.bfloat16, "cpu", False),
+        (torch.bfloat16, "meta", True),
+        (torch.float16, "cpu", True),
+        (torch.float16, "meta", False),
+    ],
+)
 def test_any_dtype_device_and_mode(dtype, device, training):
     model = make("qwen3", dtype, device).train(training)
     assert ligerfx.optimize(model).report.idioms == expected_idioms(model)
@@ -111,17 +120,6 @@ def test_capture_does_not_grow_with_depth():
         return len({id(m._ligerfx_program) for m in modules})
 
     assert distinct(2) == distinct(12) == 6
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_report_prints(family):
-    model = make(family)
-    report = ligerfx.optimize(model).report
-    norms = expected_idioms(model)["rms_norm"]
-    text = str(report)
-    assert f"{norms}/{norms} RMSNorm" in text
-    assert sum(rewrite.bytes_saved for rewrite in report.rewrites) > 0
-    assert all(rewrite.source for rewrite in report.rewrites)
 
 
 class Plain(nn.Module):

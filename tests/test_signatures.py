@@ -1,6 +1,8 @@
 """One optimised model, called in every way in which people call a causal language model: the same bits as the
 original on the plain PyTorch references, and no new capture for a new size."""
 
+import copy
+
 import pytest
 import torch
 from test_equivalence import run
@@ -18,12 +20,18 @@ def references(monkeypatch):
         monkeypatch.setattr(f"ligerfx.kernels.{module}.use_triton", lambda *tensors: False, raising=False)
 
 
-@pytest.fixture(params=FAMILIES)
-def pair(request, device):
-    model = make(request.param, device=device)
-    optimised = ligerfx.optimize(model)
+@pytest.fixture(scope="module", params=FAMILIES)
+def captured(request):
+    model = make(request.param, device="cuda" if torch.cuda.is_available() else "cpu")
+    optimised = ligerfx.optimize(model, batch(model, 2, 9))
     assert optimised.report.idioms == expected_idioms(model)
     return model, optimised
+
+
+@pytest.fixture
+def pair(captured):
+    """Copies, which share parameters as the two do and know what was captured then, but nothing of other tests."""
+    return copy.deepcopy(captured)
 
 
 def programs(optimised):

@@ -141,15 +141,20 @@ class Halved(Packed):
         return 2 * (self.function(gate) * up).tanh()
 
 
+@pytest.fixture(scope="module")
+def quick_gelu():
+    """Patterns, which are checked when the first model is optimised with them, and not again."""
+    return ligerfx.generated_glu(ACTIVATIONS["quick_gelu"], "quick_gelu")
+
+
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [(Gated, "quick_gelu_glu_linear"), (Packed, "packed_quick_gelu_glu_linear"), (Halved, "packed_quick_gelu_glu")],
 )
-def test_a_model_with_it(device, cls, expected):
-    patterns = ligerfx.generated_glu(ACTIVATIONS["quick_gelu"], "quick_gelu")
+def test_a_model_with_it(device, quick_gelu, cls, expected):
     model = cls(lambda x: torch.sigmoid(x * 1.702) * x).to(device)
     x = torch.randn(2, 3, 16, device=device)
-    optimised = ligerfx.optimize(model, x, patterns=patterns, verify=True)
+    optimised = ligerfx.optimize(model, x, patterns=quick_gelu, verify=True)
     (rewrite,) = optimised.report.rewrites
     assert rewrite.pattern == expected and rewrite.verified.gradient < 1e-6
     assert f"ligerfx_kernels_{expected}(" in optimised.code

@@ -196,7 +196,6 @@ def test_what_is_computed_around_the_kernels(device, assert_matches, monkeypatch
 
 
 COMPILE = """
-import sys
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -227,23 +226,19 @@ def compile(kernel, factors, n_cols, width, *args):
 _hopper.launch = compile
 x, weight, y, *more = (torch.empty(48, 48, dtype=torch.bfloat16) for _ in range(6))
 rows, count = torch.empty(48), torch.empty(48, dtype=torch.int32)
-if sys.argv[1] == "gradients":
-    _hopper_glu.product_gradients(x, weight, y, *more, "silu")
-elif sys.argv[1] == "units":
-    _hopper_glu.gated_product(x, weight, y, *more, "silu")
-else:
-    _hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, y, rows, rows, rows)
+_hopper_glu.product_gradients(x, weight, y, *more, "silu")
+_hopper_glu.gated_product(x, weight, y, *more, "silu")
+_hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, y, rows, rows, rows)
 """
 
 
-# Two groups multiply 128 x 128 x 64 each, in 8 steps, in two places; a copy for each factor, or panel of one.
-@pytest.mark.parametrize(("kernel", "copies"), [("gradients", 5), ("units", 5), ("exponentials", 2)])
-def test_compiles_without_a_gpu(kernel, copies):
+def test_compile_without_a_gpu():
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-P", "-c", COMPILE, kernel]
+    command = [sys.executable, "-P", "-c", COMPILE]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    *found, shared = map(int, result.stdout.split()[-3:])
-    assert found == [16, copies]
-    assert shared <= 227 * 1024
+    kernels = [list(map(int, line.split())) for line in result.stdout.splitlines()[-3:]]
+    # Two groups multiply 128 x 128 x 64 each, in 8 steps, in two places; a copy for each factor, or panel of one.
+    assert [found for *found, _ in kernels] == [[16, 5], [16, 5], [16, 2]]
+    assert all(shared <= 227 * 1024 for *_, shared in kernels)

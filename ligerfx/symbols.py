@@ -20,6 +20,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from .errors import CaptureError
 from .sharded import Whole
+from .size_nodes import SizeNode
 
 Layout = tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...] | None, torch.dtype]
 """Sizes, strides (None: contiguous) and dtype of a tensor."""
@@ -66,6 +67,12 @@ class _Sizes(ShapeEnv):
                     f"its Python code needs the size {sym_node.expr} as a number, to loop over it perhaps"
                 )
         return super().evaluate_sym_node(sym_node, *args, **kwargs)
+
+    def create_symintnode(self, sym: sympy.Expr, *, hint: Any, source: Any = None) -> torch.SymInt | int:
+        size = super().create_symintnode(sym, hint=hint, source=source)
+        if isinstance(size, torch.SymInt):
+            SizeNode.of(size.node)
+        return size
 
     def _guess(self, size: sympy.Basic) -> sympy.Basic:
         """A size, or what is asked about it, with a number for each size that the data tell."""

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from .canonical import Canonicalizer
 from .dissolve import Borders
 from .operations import is_cast, op_name
-from .pattern import split
+from .pattern import FUNCTIONS, split
 from .terms import SIZED, Terms
 
 
@@ -56,6 +56,7 @@ class View:
         for node, value in self.computed.items():
             if node.op not in ("placeholder", "get_attr") and (within is None or node in within.behind):
                 self.computed_by.setdefault(self.operation(value), []).append(node)
+        self._made_of: dict[sympy.Expr, frozenset] = {}
         self._operands: dict[tuple, tuple[sympy.Expr, list[sympy.Expr]]] = {}
         self.alike: dict[tuple, list[sympy.Expr]] = {}  # slices of one value, or views of one
         for value in self.nodes_of:
@@ -73,6 +74,20 @@ class View:
         """What computes a value: the name of a term's operation, or a class of sympy."""
         value = self.inner.get(value, value)
         return self.terms.terms[value].op if value in self.terms.terms else value.func
+
+    def made_of(self, value: sympy.Expr) -> frozenset:
+        """The operations and functions that go into a value, through terms and what was taken as given."""
+        if value not in self._made_of:
+            found = {function.func for function in value.atoms(*FUNCTIONS)}
+            if value in self.inner:
+                found |= self.made_of(self.inner[value])
+            elif value in self.terms.terms:
+                term = self.terms.terms[value]
+                found |= {term.op}.union(*map(self.made_of, term.args))
+            elif not value.is_Symbol:
+                found |= set().union(*map(self.made_of, value.free_symbols))
+            self._made_of[value] = frozenset(found)
+        return self._made_of[value]
 
     def operands(self, value: sympy.Expr, func: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
         """The constant and the other operands of a value, seen as a sum or a product."""

@@ -30,11 +30,21 @@ def _question(name: str, answer: Callable[..., bool]) -> Callable[..., SymNode]:
 
 def _number(name: str) -> Callable[..., SymNode]:
     plain = getattr(SymNode, name)
-    return lambda *operands: SizeNode.of(plain(*operands))
+
+    def compute(*operands: SymNode) -> SymNode:
+        if any(operand.hint is None or operand.pytype is not int for operand in operands):
+            return SizeNode.of(plain(*operands))
+        known, call = operands[0].shape_env.numbers, (name, *(operand.expr for operand in operands))
+        if call not in known:  # the same sizes and strides, again and again
+            known[call] = SizeNode.of(plain(*operands))
+        return known[call]
+
+    return compute
 
 
 class SizeNode(SymNode):
-    """A size whose comparisons with others are `Question`s."""
+    """A size whose comparisons with others are `Question`s. Its `shape_env` keeps `numbers`: the results of arithmetic on
+    sizes at hand, by operation and operands, and the nodes of integers."""
 
     @staticmethod
     def of(node: SymNode) -> SymNode:
@@ -54,7 +64,10 @@ class SizeNode(SymNode):
         return int(expr) if expr.is_Integer else None if expr.is_Symbol else super().maybe_as_int()
 
     def wrap_int(self, num: int) -> SymNode:
-        return self.of(super().wrap_int(num))
+        known = self.shape_env.numbers
+        if num not in known:
+            known[num] = self.of(super().wrap_int(num))
+        return known[num]
 
     def wrap_bool(self, num: bool) -> SymNode:
         return self.of(super().wrap_bool(num))
@@ -67,7 +80,9 @@ class SizeNode(SymNode):
 
     _add, _sub, _mul, _neg = _number("_add"), _number("_sub"), _number("_mul"), _number("_neg")
     _mod, _sym_max, _sym_min = _number("_mod"), _number("_sym_max"), _number("_sym_min")
-    sym_sum = _number("sym_sum")
+
+    def sym_sum(self, args: Any) -> SymNode:
+        return self.of(super().sym_sum(args))
 
     def _int_floordiv(self, other: SymNode) -> SymNode:
         """In lowest terms, where a product is divided: torch has sympy's `simplify` bring both numbers there, which takes

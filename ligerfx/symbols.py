@@ -55,6 +55,10 @@ class _Sizes(ShapeEnv):
     guessing = False
     counting = False  # an operation asks how many pieces it gives: that may become a guard
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.numbers: dict[Any, Any] = {}  # see `SizeNode`
+
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if self._suppress_guards_tls():
             if (hint := sym_node.hint) is not None:  # torch would first try to show that it is so for all sizes
@@ -137,7 +141,7 @@ class FakeInputs:
         """The size that an expression over the symbols stands for."""
         if isinstance(size, int) or size.is_Integer:
             return int(size)
-        hint = int(size.subs(self.shape_env.backed_var_to_val))
+        hint = int(size.xreplace(self.shape_env.backed_var_to_val))
         return self.shape_env.create_symintnode(size, hint=hint)
 
     def own_size(self, size: int | torch.SymInt) -> torch.SymInt:

@@ -32,6 +32,7 @@ class View:
         self.nodes_of: dict[sympy.Expr, list[Node]] = {}
         self.computed: dict[Node, sympy.Expr] = {}  # the same, but for the node itself, which is not cut
         self.inner: dict[sympy.Symbol, sympy.Expr] = {}  # what is behind the symbol of a cut node
+        self.has_shared = False  # else the view is the same with `cut`
         canonical = Canonicalizer(self.terms, rounding=False)
         for node in graph.nodes:
             if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -41,15 +42,11 @@ class View:
                 self.nodes_of[self.values[node]] = [node]
                 continue
             value = self.computed[node] = canonical.value(node)
-            if (
-                cut
-                and not value.is_Symbol
-                and not is_cast(node)
-                and _uses(node) > 1
-                and not _is_of_sigmoid(node, value)
-            ):
-                self.inner[symbol := canonical.take(node)] = value
-                value = symbol
+            if _is_shared(node, value):
+                self.has_shared = True
+                if cut:
+                    self.inner[symbol := canonical.take(node)] = value
+                    value = symbol
             self.values[node] = value
             self.nodes_of.setdefault(value, []).append(node)
         self.computed_by: dict[Any, list[Node]] = {}  # by operation
@@ -95,6 +92,11 @@ class View:
             self._operands[value, func] = split(value, func, lambda e: e.is_number)
         constant, others = self._operands[value, func]
         return constant, list(others)
+
+
+def _is_shared(node: Node, value: sympy.Expr) -> bool:
+    """Whether a node is arithmetic whose result is used more than once."""
+    return not value.is_Symbol and not is_cast(node) and _uses(node) > 1 and not _is_of_sigmoid(node, value)
 
 
 def _is_of_sigmoid(node: Node, value: sympy.Expr) -> bool:

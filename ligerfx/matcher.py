@@ -41,8 +41,9 @@ class Matcher:
         _merge_equal_views(graph)
         self.places = Places(graph)
         self.view = View(graph, within=within)
-        cut = View(graph, cut=True, within=within)
-        self.views = [self.view, cut] if cut.inner else [self.view]
+        self.views = [self.view]
+        if self.view.has_shared:
+            self.views.append(View(graph, cut=True, within=within))
         self._kinds: dict[Node, tuple] = {}
         self._found: dict[tuple, Canonicalizer] = {}  # values as proofs see them, by what stands for the inputs
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}

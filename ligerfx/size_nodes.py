@@ -1,8 +1,9 @@
 """Symbolic sizes of which torch may ask much.
 
-To run one operation on fakes torch asks dozens of questions about sizes, and for each has sympy make, and try to decide,
-an equation or inequality. While guards are suppressed, nobody looks at it: what counts is the answer for the sizes at
-hand. Here a question knows its answer at once, and its expression is made when somebody asks for that.
+To run one operation on fakes torch asks dozens of questions about sizes, and for each has sympy make, and try to
+decide, an equation or inequality. While guards are suppressed, nobody looks at it: what counts is the answer for the
+sizes at hand. Here a question knows its answer at once, and its expression is made when somebody asks for that, as for
+one in fifty.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ def _number(name: str) -> Callable[..., SymNode]:
 
 
 class SizeNode(SymNode):
-    """A size whose comparisons with others are `Question`s. Its `shape_env` keeps `numbers`: the results of arithmetic on
-    sizes at hand, by operation and operands, and the nodes of integers."""
+    """A size whose comparisons with others are `Question`s.
+
+    Its `shape_env` keeps `numbers`: the results of arithmetic on sizes at hand, by operation and operands, and the
+    nodes of integers.
+    """
 
     @staticmethod
     def of(node: SymNode) -> SymNode:
@@ -79,14 +83,17 @@ class SizeNode(SymNode):
     _sym_not = _question("_sym_not", operator.not_)
 
     _add, _sub, _mul, _neg = _number("_add"), _number("_sub"), _number("_mul"), _number("_neg")
-    _mod, _sym_max, _sym_min = _number("_mod"), _number("_sym_max"), _number("_sym_min")
+    _sym_max, _sym_min = _number("_sym_max"), _number("_sym_min")
+
+    def _mod(self, other: SymNode) -> SymNode:
+        return self.of(super()._mod(other))  # which depends on what is known of the sizes: not kept
 
     def sym_sum(self, args: Any) -> SymNode:
         return self.of(super().sym_sum(args))
 
     def _int_floordiv(self, other: SymNode) -> SymNode:
-        """In lowest terms, where a product is divided: torch has sympy's `simplify` bring both numbers there, which takes
-        10 ms each time, and 0.4 s the first time."""
+        """In lowest terms, where a product is divided: torch has sympy's `simplify` bring both numbers there, which
+        takes 10 ms each time, and 0.4 s the first time."""
         a, b = self.expr, other.expr
         if self.hint is not None and other.hint and not a.is_Add:
             lowest = (a / b).as_numer_denom()

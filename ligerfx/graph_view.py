@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from .canonical import Canonicalizer
 from .dissolve import Borders
 from .operations import is_cast, op_name
-from .pattern import split
+from .pattern import FUNCTIONS, split
 from .terms import SIZED, Terms
 
 
@@ -32,6 +32,7 @@ class View:
         self.nodes_of: dict[sympy.Expr, list[Node]] = {}
         self.computed: dict[Node, sympy.Expr] = {}  # the same, but for the node itself, which is not cut
         self.inner: dict[sympy.Symbol, sympy.Expr] = {}  # what is behind the symbol of a cut node
+        self.has_shared = False  # else the view is the same with `cut`
         canonical = Canonicalizer(self.terms, rounding=False)
         for node in graph.nodes:
             if node.op == "output" or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -41,21 +42,18 @@ class View:
                 self.nodes_of[self.values[node]] = [node]
                 continue
             value = self.computed[node] = canonical.value(node)
-            if (
-                cut
-                and not value.is_Symbol
-                and not is_cast(node)
-                and _uses(node) > 1
-                and not _is_of_sigmoid(node, value)
-            ):
-                self.inner[symbol := canonical.take(node)] = value
-                value = symbol
+            if _is_shared(node, value):
+                self.has_shared = True
+                if cut:
+                    self.inner[symbol := canonical.take(node)] = value
+                    value = symbol
             self.values[node] = value
             self.nodes_of.setdefault(value, []).append(node)
         self.computed_by: dict[Any, list[Node]] = {}  # by operation
         for node, value in self.computed.items():
             if node.op not in ("placeholder", "get_attr") and (within is None or node in within.behind):
                 self.computed_by.setdefault(self.operation(value), []).append(node)
+        self._made_of: dict[sympy.Expr, frozenset] = {}
         self._operands: dict[tuple, tuple[sympy.Expr, list[sympy.Expr]]] = {}
         self.alike: dict[tuple, list[sympy.Expr]] = {}  # slices of one value, or views of one
         for value in self.nodes_of:
@@ -74,12 +72,31 @@ class View:
         value = self.inner.get(value, value)
         return self.terms.terms[value].op if value in self.terms.terms else value.func
 
+    def made_of(self, value: sympy.Expr) -> frozenset:
+        """The operations and functions that go into a value, through terms and what was taken as given."""
+        if value not in self._made_of:
+            found = {function.func for function in value.atoms(*FUNCTIONS)}
+            if value in self.inner:
+                found |= self.made_of(self.inner[value])
+            elif value in self.terms.terms:
+                term = self.terms.terms[value]
+                found |= {term.op}.union(*map(self.made_of, term.args))
+            elif not value.is_Symbol:
+                found |= set().union(*map(self.made_of, value.free_symbols))
+            self._made_of[value] = frozenset(found)
+        return self._made_of[value]
+
     def operands(self, value: sympy.Expr, func: Any) -> tuple[sympy.Expr, list[sympy.Expr]]:
         """The constant and the other operands of a value, seen as a sum or a product."""
         if (value, func) not in self._operands:
             self._operands[value, func] = split(value, func, lambda e: e.is_number)
         constant, others = self._operands[value, func]
         return constant, list(others)
+
+
+def _is_shared(node: Node, value: sympy.Expr) -> bool:
+    """Whether a node is arithmetic whose result is used more than once."""
+    return not value.is_Symbol and not is_cast(node) and _uses(node) > 1 and not _is_of_sigmoid(node, value)
 
 
 def _is_of_sigmoid(node: Node, value: sympy.Expr) -> bool:

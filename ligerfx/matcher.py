@@ -36,12 +36,14 @@ class Matcher:
     def __init__(self, graph: Graph, fakes: FakeInputs, within: Borders | None = None) -> None:
         self.graph = graph
         self.fakes = fakes
+        self.within = within
         self.fakes.proofs = fakes.proofs or Proofs(fakes)
         _merge_equal_views(graph)
         self.places = Places(graph)
         self.view = View(graph, within=within)
-        cut = View(graph, cut=True, within=within)
-        self.views = [self.view, cut] if cut.inner else [self.view]
+        self.views = [self.view]
+        if self.view.has_shared:
+            self.views.append(View(graph, cut=True, within=within))
         self._kinds: dict[Node, tuple] = {}
         self._found: dict[tuple, Canonicalizer] = {}  # values as proofs see them, by what stands for the inputs
         self._looked_at: dict[tuple[Pattern, Node], Match | None] = {}
@@ -53,7 +55,7 @@ class Matcher:
         self, patterns: Sequence[Pattern], refuse: Callable[[Match], str | None] | None = None
     ) -> tuple[list[Match], list[NearMiss]]:
         """Matches that do not overlap, those of more benefit or that cover more first, and the best near miss at each
-        other place.
+        other place (of a graph searched `within` a part, where they are not asked for, only some).
 
         `refuse` is asked about each before it is chosen, and may say why it must not be; then others may match there.
         """
@@ -106,18 +108,26 @@ class Matcher:
 
     def _match_at(self, pattern: Pattern, root: Node, misses: dict[Node, Unifier]) -> Match | None:
         for variant, view in itertools.product(pattern.variants, self.views):
-            unifier, value = Unifier(variant, view), view.computed[root]
+            value, first = view.computed[root], variant.search_order[0]
+            if self._is_out_of_question(variant, first, view, value):
+                continue
+            unifier = Unifier(variant, view)
             form, parameters = variant.form
             if (form, view, value) not in self._proposals:  # many patterns begin alike
                 self._proposals[form, view, value] = unifier.proposals(value)
             proposals, unifier.share, unifier.why = self._proposals[form, view, value]
             for numbered, unifier.done in proposals:
                 bindings = {parameters[number]: bound for number, bound in numbered.items()}
-                for match in self._prove(variant, {variant.search_order[0]: root}, bindings, unifier):
+                for match in self._prove(variant, {first: root}, bindings, unifier):
                     return match
             if unifier.share > NEARLY and unifier.is_near and _tells_more(unifier, misses.get(root)):
                 misses[root] = unifier
         return None
+
+    def _is_out_of_question(self, variant: Variant, output: int, view: View, value: sympy.Expr) -> bool:
+        """Whether a value lacks an operation without which it is no such output, where nobody asks how near it comes:
+        at the borders of modules, in graphs of several modules each. Of deepseek_v4 it is every other place."""
+        return self.within is not None and not variant.needed[output] <= view.made_of(value)
 
     def _prove(self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: Unifier) -> Iterator[Match]:
         """The usable matches that follow from a proposal: further outputs located, inputs chosen among nodes of
@@ -132,6 +142,8 @@ class Matcher:
                 if self.places.has(cone, root):
                     continue
                 value = unifier.view.computed[root]
+                if self._is_out_of_question(variant, missing, unifier.view, value):
+                    continue
                 if value not in further:
                     further[value] = list(unifier.unify(variant.outputs[missing], value, bindings))
                 for more in further[value]:

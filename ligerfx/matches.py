@@ -54,6 +54,7 @@ class Places:
 
     def __init__(self, graph: Graph) -> None:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.mutating = [node for node in graph.nodes if mutates(node)]
         self._cones: dict[Node, int] = {}
         for node, place in self.order.items():
             cone = 1 << place
@@ -120,8 +121,8 @@ def obstacle(match: Match, places: Places) -> str | None:
     # The replacement runs later than what it replaces: nothing may change in place meanwhile.
     users = {user for node in kept for user in node.users if user not in match.interior}
     start, end = min(order[n] for n in match.interior), min((order[u] for u in users), default=0)
-    for node, position in order.items():
-        if start < position < end and mutates(node):
+    for node in places.mutating:
+        if start < order[node] < end:
             return f"`{node}` works in place at {node.meta.get('source', '?')}, before the result is used"
     return None
 

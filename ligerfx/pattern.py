@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,6 +179,25 @@ class Variant:
         return repr(numbered(self.outputs[self.search_order[0]])), list(numbers)
 
     @functools.cached_property
+    def needed(self) -> list[frozenset]:
+        """For each output, the operations and functions that go into whatever it may be unified with."""
+        return [frozenset(self._needed(value)) for value in self.outputs]
+
+    def _needed(self, value: sympy.Expr) -> Iterator[Any]:
+        if self.is_constant(value) or value in self.kinds:
+            return
+        args = value.args
+        if value in self.terms.terms:
+            term = self.terms.terms[value]
+            args = term.args
+            if term.op not in SIZED:
+                yield term.op
+        elif isinstance(value, FUNCTIONS):
+            yield value.func
+        for arg in args:
+            yield from self._needed(arg)
+
+    @functools.cached_property
     def size(self) -> int:
         """How many comparisons it takes to recognise the first output."""
         return self._size(self.outputs[self.search_order[0]])
@@ -219,9 +238,12 @@ class Variant:
         return found
 
 
+FUNCTIONS = (sympy.Function, sympy.Max)
+
+
 def weight(value: sympy.Expr) -> int:
     """What it counts for that a step is recognised: products and sums are everywhere, functions tell."""
-    return 2 if isinstance(value, (sympy.Function, sympy.Max)) else 1 if value.args else 0
+    return 2 if isinstance(value, FUNCTIONS) else 1 if value.args else 0
 
 
 def split(value: sympy.Expr, func: Any, is_constant: Callable[[sympy.Expr], bool]) -> tuple[sympy.Expr, list]:

@@ -20,6 +20,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from .errors import CaptureError
 from .sharded import Whole
+from .size_nodes import TRIED, SizeNode
 
 Layout = tuple[tuple[sympy.Expr, ...], tuple[sympy.Expr, ...] | None, torch.dtype]
 """Sizes, strides (None: contiguous) and dtype of a tensor."""
@@ -54,6 +55,10 @@ class _Sizes(ShapeEnv):
     guessing = False
     counting = False  # an operation asks how many pieces it gives: that may become a guard
 
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.numbers: dict[Any, Any] = {}  # see `SizeNode`
+
     def evaluate_sym_node(self, sym_node: Any, *args: Any, **kwargs: Any) -> Any:
         if self._suppress_guards_tls():
             if (hint := sym_node.hint) is not None:  # torch would first try to show that it is so for all sizes
@@ -66,6 +71,12 @@ class _Sizes(ShapeEnv):
                     f"its Python code needs the size {sym_node.expr} as a number, to loop over it perhaps"
                 )
         return super().evaluate_sym_node(sym_node, *args, **kwargs)
+
+    def create_symintnode(self, sym: sympy.Expr, *, hint: Any, source: Any = None) -> torch.SymInt | int:
+        size = super().create_symintnode(sym, hint=hint, source=source)
+        if TRIED and isinstance(size, torch.SymInt):
+            SizeNode.of(size.node)
+        return size
 
     def _guess(self, size: sympy.Basic) -> sympy.Basic:
         """A size, or what is asked about it, with a number for each size that the data tell."""
@@ -130,7 +141,7 @@ class FakeInputs:
         """The size that an expression over the symbols stands for."""
         if isinstance(size, int) or size.is_Integer:
             return int(size)
-        hint = int(size.subs(self.shape_env.backed_var_to_val))
+        hint = int(size.xreplace(self.shape_env.backed_var_to_val))
         return self.shape_env.create_symintnode(size, hint=hint)
 
     def own_size(self, size: int | torch.SymInt) -> torch.SymInt:
@@ -161,15 +172,14 @@ class FakeInputs:
         torch takes 0.4 ms to make a tensor with symbolic sizes: that is done once for each layout, of which the fakes
         are copies with a memory of their own.
         """
+        if not TRIED:
+            with self.mode, self.shape_env.suppress_guards():
+                return _empty(sizes, strides, dtype, device)
         layout = tuple(map(expression, sizes)), strides and tuple(map(expression, strides)), dtype
         with no_dispatch():
             if layout not in self._layouts:
                 with self.shape_env.suppress_guards():
-                    self._layouts[layout] = (
-                        torch.empty(sizes, dtype=dtype, device="meta")
-                        if strides is None
-                        else torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
-                    )
+                    self._layouts[layout] = _empty(sizes, strides, dtype, "meta")
             copy = self._layouts[layout].detach()
             torch._functionalize_unsafe_set(copy, torch.empty(_LARGE, dtype=torch.uint8, device="meta"))
             return FakeTensor(self.mode, copy, device)
@@ -193,6 +203,12 @@ class FakeInputs:
                 return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         fake = self.mode.from_tensor(value, static_shapes=True)
         return fake.requires_grad_(False) if fake.is_leaf else fake.detach()
+
+
+def _empty(sizes: Sequence, strides: Sequence | None, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    if strides is None:
+        return torch.empty(sizes, dtype=dtype, device=device)
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:

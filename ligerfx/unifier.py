@@ -186,8 +186,7 @@ class Unifier:
             yield bound
         elif len(free) == 1:
             (symbol,) = free
-            solutions = [t] if p == symbol else sympy.solve(sympy.Eq(p, t), symbol)
-            for solution in solutions:
+            for solution in (t,) if p == symbol else _solutions(p, t, symbol):
                 if solution.is_number:
                     yield {**bound, symbol: solution}
         else:
@@ -328,6 +327,12 @@ def _is_root(value: sympy.Expr) -> bool:
 
 def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
     return a.is_number and b.is_number and not _close(a, b)
+
+
+@functools.lru_cache(maxsize=4096)
+def _solutions(value: sympy.Expr, wanted: sympy.Expr, symbol: sympy.Symbol) -> tuple[sympy.Expr, ...]:
+    """The numbers for which a value is the one that is wanted. Of gpt_oss `-alpha = -1.702` is asked 20 times."""
+    return tuple(sympy.solve(sympy.Eq(value, wanted), symbol))
 
 
 @functools.lru_cache(maxsize=4096)

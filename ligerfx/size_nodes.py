@@ -18,8 +18,8 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.utils._sympy.functions import FloorDiv
 
 TRIED = (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 14)
-"""Whether torch's internals are those that this, and the copying of fakes, were written for. Otherwise torch's own way is
-taken, and capture takes longer."""
+"""Whether torch's internals are those that this, and the copying of fakes, were written for. With others, torch's own
+way is taken, and capture takes longer."""
 
 
 def _question(name: str, answer: Callable[..., bool]) -> Callable[..., SymNode]:

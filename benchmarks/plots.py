@@ -162,7 +162,8 @@ def main() -> None:
         return
     title = conditions(report["environment"])
     losses = [result for result in report["results"] if result["op"] == LOSS]
-    others = [result for result in report["results"] if result["op"] != LOSS]
+    products = {result["op"] for result in report["results"] if result["matmul_share"]}
+    others = [result for result in report["results"] if result["op"] not in products]
     for results, draw in ((others, kernels), (losses, loss)):
         if results:
             path = arguments.out / f"{draw.__name__}.png"

@@ -18,9 +18,12 @@ import torch
 
 from ._runtime import HAS_TRITON, INTERPRET, PLAIN, ceil_div, jit, launch_device, num_sms, tl, triton
 
+TRIED = HAS_TRITON and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
+"""Whether Gluon is as it was when these kernels ran on an H100. (They compile with Triton 3.8.)"""
+
 try:
-    if not HAS_TRITON or INTERPRET or not (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
-        raise ImportError("Gluon is as it was tried in Triton 3.6 and 3.7")
+    if not TRIED or INTERPRET:
+        raise ImportError("not for this Triton, or not compiled")
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (

@@ -232,8 +232,8 @@ _hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, y, rows, row
 """
 
 
+@pytest.mark.skipif(not _hopper.TRIED, reason="Gluon is used with Triton 3.6 and 3.7 alone")
 def test_compile_without_a_gpu():
-    pytest.importorskip("triton", reason="Triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-P", "-c", COMPILE]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

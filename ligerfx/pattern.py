@@ -276,8 +276,8 @@ def pattern(
             later (a residual addition) takes it from there, so that the kernel's backward can add both gradients.
         early: further arguments of `replace`, each made by a function of some inputs and constants, by name. Where
             these follow from the module's own inputs, it is called at the start of the forward.
-        inside: what computes all outputs where a layer, called `head`, lends its parameters (see `sharded`): gets that
-            module in place of them.
+        inside: what computes all outputs where a layer lends its parameters (see `capture.lends_parameters`): gets
+            that module, as `head`, in place of them.
         benefit: where matches overlap, the one of the pattern with the larger benefit is taken; between equals the
             one that covers more, then the one whose pattern is listed first.
         example: sizes of dimensions and values of constants, by name, with which the function runs and `when`

@@ -110,23 +110,6 @@ def gathers_nothing(module: nn.Module) -> bool:
     return of_zero and not others and next(module.parameters(), None) is None
 
 
-def lends_parameters(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose call gathers its weights, which then stay whole until the backward: one
-    in a unit of FSDP2 (`reshard_after_forward=False`), with no hooks but those of FSDP2."""
-    if not is_fully_sharded(module) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return False
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one group before torch 2.12
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return (
-        all(group is not None and group.post_forward_mesh_info is None for group in groups)
-        and state._mp_policy.output_dtype in (None, torch.float32)  # nothing is rounded on the way out
-        and all(map(is_hook_of_fsdp, hooks))
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
-
-
 def call_with(module: nn.Module, forward: Callable, *args: Any) -> Any:
     """What calling `module` gives with another forward: its hooks do what they do around any call."""
     module.forward = forward

@@ -20,7 +20,18 @@ from torch import nn
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .capture import PLAIN, Alias, Capture, Read, has_own_hooks, join, own_methods, parameters_of, present_parameters
+from .capture import (
+    PLAIN,
+    Alias,
+    Capture,
+    Read,
+    has_own_hooks,
+    join,
+    lends_parameters,
+    own_methods,
+    parameters_of,
+    present_parameters,
+)
 from .dissolve import may_dissolve
 from .errors import CaptureError
 from .frame import Frame
@@ -29,7 +40,6 @@ from .opaque import own_results, symbolic_inputs
 from .pieces import refuse_unknown
 from .recorder import Recorder
 from .shadow import ShadowTree, exposes_parameters, is_leaf_module, owns_nothing
-from .sharded import lends_parameters
 from .signature import call_key, parameter_names, same_containers
 from .source import describe_error
 from .symbols import FakeInputs, bind_sizes, expression, symbols_of

@@ -280,7 +280,15 @@ def fsdp2_with_a_unit_of_norm_and_head(folder):
         assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
 
     seen = []
-    model.train().lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    everywhere = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(out.shape) if module is model.lm_head else None
+    )
+    output = model.train()(**inputs, use_cache=False)
+    everywhere.remove()
+    assert seen == [output.logits.shape], "a hook of all modules"
+
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         output = model(**inputs, use_cache=False)

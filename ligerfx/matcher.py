@@ -126,7 +126,7 @@ class Matcher:
 
     def _is_out_of_question(self, variant: Variant, output: int, view: View, value: sympy.Expr) -> bool:
         """Whether a value lacks an operation without which it is no such output, where nobody asks how near it comes:
-        at the borders of modules, in graphs of several modules each. Of deepseek_v4 it is every other place."""
+        at the borders of modules, in graphs of several modules each. In large ones it is every other place."""
         return self.within is not None and not variant.needed[output] <= view.made_of(value)
 
     def _prove(self, variant: Variant, roots: dict[int, Node], bindings: Bindings, unifier: Unifier) -> Iterator[Match]:

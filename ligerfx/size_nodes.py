@@ -98,7 +98,7 @@ class SizeNode(SymNode):
 
     def _int_floordiv(self, other: SymNode) -> SymNode:
         """In lowest terms, where a product is divided: torch has sympy's `simplify` bring both numbers there, which was
-        a quarter of the first capture of DeepSeek-OCR 2."""
+        a quarter of the first capture of a vision-language model."""
         a, b = self.expr, other.expr
         if self.hint is not None and other.hint and not a.is_Add:
             lowest = (a / b).as_numer_denom()

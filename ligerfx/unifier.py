@@ -331,7 +331,7 @@ def _unlike(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _solutions(value: sympy.Expr, wanted: sympy.Expr, symbol: sympy.Symbol) -> tuple[sympy.Expr, ...]:
-    """The numbers for which a value is the one that is wanted. Of gpt_oss `-alpha = -1.702` is asked 20 times."""
+    """The numbers for which a value is the one that is wanted. A model asked `-alpha = -1.702` 20 times."""
     return tuple(sympy.solve(sympy.Eq(value, wanted), symbol))
 
 

@@ -64,9 +64,8 @@ class SizeNode(SymNode):
 
     @property
     def expr(self) -> sympy.Basic:
-        if self.shape_env._replacements_version_counter == 0:  # torch first asks whether it is a number at all
-            return self._expr
-        return SymNode.expr.fget(self)
+        # Where nothing is replaced torch asks more than it needs to.
+        return SymNode.expr.fget(self) if self.shape_env.replacements else self._expr
 
     def maybe_as_int(self) -> int | None:
         expr = self.expr

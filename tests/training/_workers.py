@@ -280,20 +280,22 @@ def fsdp2_with_a_unit_of_norm_and_head(folder):
         assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
 
     seen = []
-    everywhere = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: seen.append(out.shape) if module is model.lm_head else None
-    )
-    output = model.train()(**inputs, use_cache=False)
-    everywhere.remove()
-    assert seen == [output.logits.shape], "a hook of all modules"
 
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    def see(module, args, out):
+        if module is model.lm_head:
+            seen.append(out.shape)
+
+    model.train()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        output = model(**inputs, use_cache=False)
-    assert seen == [output.logits.shape], "a hook of the user's, which is to see logits"
-    assert any("lm_head" in str(w.message) for w in caught), [str(w.message) for w in caught]
+        for register in (torch.nn.modules.module.register_module_forward_hook, model.lm_head.register_forward_hook):
+            hook = register(see)
+            output = model(**inputs, use_cache=False)
+            hook.remove()
+    assert seen == 2 * [output.logits.shape], "hooks of the user's, which are to see logits"
+    assert len([w for w in caught if "lm_head" in str(w.message)]) == 1, [str(w.message) for w in caught]
+    output = model(**inputs, use_cache=False)
+    assert type(output.logits) is ligerfx.DeferredTensor and output.logits._value is None
 
 
 def fsdp2_with_a_last_unit_tied(folder):

@@ -372,10 +372,24 @@ def _remember(module: OptimizedModule, program: Program, forward: Callable, args
         return
     kind = structure(module), call_key(args, kwargs)[0], len(args)
     if kind not in program.entries:
-        program.entries[kind] = entry_for(program, module, forward, args, kwargs)
+        program.entries[kind] = entry = entry_for(program, module, forward, args, kwargs)
+        if entry:
+            entry.program = program
     if entry := program.entries[kind]:
-        known = module.__dict__["_ligerfx_entries"]
-        module.__dict__["_ligerfx_entries"] = (entry, *(e for e in known if e is not entry))[:MAX_ENTRIES]
+        known = [e for e in module.__dict__["_ligerfx_entries"] if e is not entry]
+        place = max((place + 1 for place, e in enumerate(known) if _fuses_more(e.program, program)), default=0)
+        known.insert(place, entry)
+        module.__dict__["_ligerfx_entries"] = tuple(known[:MAX_ENTRIES])
+
+
+def _fuses_more(program: Program, other: Program) -> bool:
+    """Whether a program serves calls of the same kind as another, which calls modules that this one has absorbed: it
+    may hold again when a hook or an adapter is gone, and the other holds all the same."""
+    if program.capture.key != other.capture.key or program.function is None:
+        return False
+    absorbed = program.capture.absorbed.keys() | {c.path for c in program.checks if isinstance(c, Lends)}
+    called = {node.target for node in other.capture.graph.nodes if node.op == "call_module"}
+    return other.function is None or not called.isdisjoint(absorbed)
 
 
 def _is_only_returned(node: Node) -> bool:

@@ -46,6 +46,8 @@ def _compiled_model() -> tuple[InstructionTranslator | None, Any]:
         compiled = InstructionTranslator.current_tx()
     except AttributeError:  # torch.export without the compiler's front end
         return None, None
+    if compiled is None:  # the same, after something else was compiled
+        return None, None
     model = compiled.f_locals.get("self")
     forward = getattr(type(model), "forward", None)
     return compiled, model if getattr(forward, "__code__", None) is compiled.f_code else None

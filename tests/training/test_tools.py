@@ -410,6 +410,7 @@ def test_export(pair):
     inputs = {name: default_batch(model)[name] for name in ("input_ids", "attention_mask")}
     with pytest.raises(RuntimeError, match="Export the original model"):
         torch.export.export(optimised, (), inputs)
+    torch.compile(torch.sin, backend="eager")(torch.ones(2))  # torch.export comes without the compiler's front end
     exported = torch.export.export(Logits(optimised), (), inputs).module()
     with torch.no_grad():
         assert torch.equal(exported(**inputs), Logits(model)(**inputs))

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 
 from .constants import PLAIN
 from .names import Name
-from .sharded import gathers_nothing, is_fully_sharded, is_hook_of_fsdp, is_view_of_flat
+from .sharded import gathers_nothing, has_no_hooks_but, is_fully_sharded, is_hook_of_fsdp, is_view_of_flat
 from .traced_numbers import TracedInt, plain
 
 OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -289,12 +289,11 @@ def lends_parameters(module: nn.Module) -> bool:
         return False
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one group before torch 2.12
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return (
         all(group is not None and group.post_forward_mesh_info is None for group in groups)
         and state._mp_policy.output_dtype in (None, torch.float32)  # nothing is rounded on the way out
-        and all(map(is_hook_of_fsdp, hooks))
-        and not (module._backward_hooks or module._backward_pre_hooks or any(GLOBAL_HOOKS))
+        and has_no_hooks_but(module, is_hook_of_fsdp)
+        and not any(GLOBAL_HOOKS)
     )
 
 

@@ -42,11 +42,10 @@ def logits_under_compile(
 
 def _compiled_model() -> tuple[InstructionTranslator | None, Any]:
     """What is being compiled, and the optimised model whose forward that is; None where it is something else."""
-    try:
+    compiled = None
+    with contextlib.suppress(AttributeError):  # where nothing has been compiled yet
         compiled = InstructionTranslator.current_tx()
-    except AttributeError:  # torch.export without the compiler's front end
-        return None, None
-    if compiled is None:  # the same, after something else was compiled
+    if compiled is None:  # torch.export without the compiler's front end
         return None, None
     model = compiled.f_locals.get("self")
     forward = getattr(type(model), "forward", None)

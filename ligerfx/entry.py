@@ -255,19 +255,17 @@ def _with_modules_as_inputs(
 def _input_for(node: Node, module: nn.Module, absorbed: dict[str, tuple]) -> tuple[str, str] | None:
     """The module that a node calls, is, or takes an attribute of; the parameter of one that was checked to have it;
     None for other nodes."""
-    if node.op == "call_module" or (node.op == "get_attr" and _is_module(node, module)):
+    if node.op not in ("call_module", "get_attr"):
+        return None
+    if node.op == "call_module" or _below(module, node.target) is not None:
         return None if node.target == "itself" else (node.target, "")
-    path, _, name = node.target.rpartition(".") if node.op == "get_attr" else ("", "", "")
+    path, _, name = node.target.rpartition(".")
     owner = _below(module, path)
     if owner is None:
         return None
     # FSDP1 keeps whole weights beside the table of parameters.
     in_table = path in absorbed and name in absorbed[path][1] and owner._parameters.get(name) is getattr(owner, name)
     return path, name if in_table else ""
-
-
-def _is_module(node: Node, module: nn.Module) -> bool:
-    return isinstance(node.meta.get("val"), nn.Module) or _below(module, node.target) is not None
 
 
 def _below(module: nn.Module, path: str) -> nn.Module | None:

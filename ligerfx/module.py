@@ -387,7 +387,7 @@ def _fuses_more(program: Program, other: Program) -> bool:
     may hold again when a hook or an adapter is gone, and the other holds all the same."""
     if program.capture.key != other.capture.key or program.function is None:
         return False
-    absorbed = program.capture.absorbed.keys() | {c.path for c in program.checks if isinstance(c, Lends)}
+    absorbed = {check.path for check in program.checks if isinstance(check, (StandsFor, Lends))}
     called = {node.target for node in other.capture.graph.nodes if node.op == "call_module"}
     return other.function is None or not called.isdisjoint(absorbed)
 

@@ -104,10 +104,14 @@ _ZERO = {"deepspeed.runtime.zero.parameter_offload", "deepspeed.utils.nvtx"}
 
 def gathers_nothing(module: nn.Module) -> bool:
     """Whether all hooks of a module are ZeRO-3's, which gather the parameters that a module has, and it has none."""
+    of_zero = has_no_hooks_but(module, lambda hook: getattr(hook, "__module__", "") in _ZERO)
+    return of_zero and not vars(module).get("_external_params") and next(module.parameters(), None) is None
+
+
+def has_no_hooks_but(module: nn.Module, known: Callable[[Any], bool]) -> bool:
+    """Whether all of a module's own hooks are of its forward, and `known`."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    of_zero = all(getattr(hook, "__module__", "") in _ZERO for hook in hooks)
-    others = module._backward_hooks or module._backward_pre_hooks or vars(module).get("_external_params")
-    return of_zero and not others and next(module.parameters(), None) is None
+    return all(map(known, hooks)) and not (module._backward_hooks or module._backward_pre_hooks)
 
 
 def call_with(module: nn.Module, forward: Callable, *args: Any) -> Any:

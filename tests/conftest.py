@@ -47,6 +47,6 @@ def references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ligerfx.kernels._runtime.INTERPRET", False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,8 +21,8 @@ def references(monkeypatch):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def captured(request):
-    model = make(request.param, device="cuda" if torch.cuda.is_available() else "cpu")
+def captured(request, device):
+    model = make(request.param, device=device)
     optimised = ligerfx.optimize(model, batch(model, 2, 9))
     assert optimised.report.idioms == expected_idioms(model)
     return model, optimised

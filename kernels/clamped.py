@@ -6,6 +6,7 @@
 import torch
 import torch.nn.functional as F
 
+from ._autograd import apply
 from ._runtime import use_triton
 from .gated import GLU, check_gate_and_up, check_gate_up
 
@@ -111,7 +112,7 @@ def clamped_glu(
     _check(gate, up, limit)
     if not use_triton(gate, up):
         return clamped_glu_reference(gate, up, limit, alpha, offset)
-    return GLU.apply(gate, up, _activation(float(alpha)), float(limit), float(offset), False)
+    return apply(GLU, gate, up, _activation(float(alpha)), float(limit), float(offset), False)
 
 
 def packed_clamped_glu(
@@ -144,4 +145,4 @@ def packed_clamped_glu(
     _check_packed(gate_up, limit)
     if not use_triton(gate_up):
         return packed_clamped_glu_reference(gate_up, limit, alpha, offset, interleaved=interleaved)
-    return GLU.apply(gate_up, None, _activation(float(alpha)), float(limit), float(offset), interleaved)
+    return apply(GLU, gate_up, None, _activation(float(alpha)), float(limit), float(offset), interleaved)

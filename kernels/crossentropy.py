@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ._autograd import apply
 from ._operators import operator
 from ._runtime import as_rows, launch_device, tanh, tl, triton, use_triton
 
@@ -418,6 +419,5 @@ def cross_entropy(
             scale=scale,
             z_loss=z_loss,
         )
-    return _CrossEntropy.apply(
-        logits, target, ignore_index, reduction == "mean", float(label_smoothing), softcap, float(scale), float(z_loss)
-    )
+    options = (float(label_smoothing), softcap, float(scale), float(z_loss))
+    return apply(_CrossEntropy, logits, target, ignore_index, reduction == "mean", *options)

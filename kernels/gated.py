@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._activations import IN_TORCH, Activation, in_torch, in_triton, key_of
+from ._autograd import apply
 from ._operators import operator
 from ._runtime import as_rows, jit, launch_device, tl, triton, use_triton
 
@@ -363,7 +364,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str | Activation = "si
     if not use_triton(gate, up):
         return glu_reference(gate, up, activation)
     check_glu("glu", gate, up, activation)
-    return GLU.apply(gate, up, key_of(activation))
+    return apply(GLU, gate, up, key_of(activation))
 
 
 def packed_glu(gate_up: torch.Tensor, activation: str | Activation = "silu") -> torch.Tensor:
@@ -393,4 +394,4 @@ def packed_glu(gate_up: torch.Tensor, activation: str | Activation = "silu") -> 
     if not use_triton(gate_up):
         return packed_glu_reference(gate_up, activation)
     check_packed_glu("packed_glu", gate_up, activation)
-    return GLU.apply(gate_up, None, key_of(activation))
+    return apply(GLU, gate_up, None, key_of(activation))

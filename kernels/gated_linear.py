@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _hopper, _hopper_glu
 from ._activations import Activation, key_of
+from ._autograd import apply
 from ._linear import check_linear, is_plain_linear, no_autocast
 from ._operators import operator
 from ._runtime import as_rows, autocast_dtype, use_triton
@@ -209,7 +210,7 @@ def glu_linear(
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     if autocast_dtype(gate.device.type) is not None or not is_plain_linear(dtype, weight, bias):
         return _unfused(gate, up, weight, bias, activation)
-    return _GLULinear.apply(gate, up, weight, bias, key_of(activation), recompute)
+    return apply(_GLULinear, gate, up, weight, bias, key_of(activation), recompute)
 
 
 def packed_glu_linear(
@@ -245,4 +246,4 @@ def packed_glu_linear(
     _check_packed(gate_up, weight, bias, activation)
     if autocast_dtype(gate_up.device.type) is not None or not is_plain_linear(gate_up.dtype, weight, bias):
         return _unfused(gate_up, None, weight, bias, activation)
-    return _GLULinear.apply(gate_up, None, weight, bias, key_of(activation), recompute)
+    return apply(_GLULinear, gate_up, None, weight, bias, key_of(activation), recompute)

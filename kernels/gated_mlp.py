@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _hopper, _hopper_glu
 from ._activations import Activation, key_of
+from ._autograd import apply
 from ._linear import check_linear, is_plain_linear, no_autocast, sum_of_products
 from ._operators import operator
 from ._runtime import as_rows, autocast_dtype, use_triton
@@ -181,7 +182,7 @@ def mlp(x, gate_weight, up_weight, weight, bias, activation, recompute):
     plain = all(is_plain_linear(x.dtype, w) for w in (gate_weight, *others))
     if autocast_dtype(x.device.type) is not None or not plain:
         return _unfused(x, gate_weight, up_weight, weight, bias, activation, recompute)
-    return _GLUMLP.apply(x, gate_weight, up_weight, weight, bias, key_of(activation), recompute)
+    return apply(_GLUMLP, x, gate_weight, up_weight, weight, bias, key_of(activation), recompute)
 
 
 def glu_mlp(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._autograd import apply
 from ._operators import operator
 from ._runtime import jit, launch_device, num_sms, tl, triton, use_triton
 from .rmsnorm import check_cast, rms_norm_reference, scale_of, sum_rows
@@ -16,12 +17,12 @@ from .rotary import (
     empty_with_strides_of,
     load_heads,
     load_tables,
+    numbers_of,
     rope_reference,
     rotate,
     split_heads,
     store_heads,
     strides_of,
-    table_strides_of,
     with_contiguous_rows,
     with_four_dims,
 )
@@ -363,14 +364,13 @@ def _results(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_d
 def _forward(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim):
     """Of tensors with contiguous rows."""
     outputs = _results(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, head_dim)
-    n_tokens, width = q.shape[3 - head_dim], q.shape[3]
-    all_tokens, heads = q.shape[0] * n_tokens, (q.shape[head_dim], k.shape[head_dim])
+    width, heads = q.shape[3], (q.shape[head_dim], k.shape[head_dim])
+    numbers = numbers_of(head_dim, heads, q.shape, cos.shape, strides_of(q, k, *outputs, cos, sin))
     half, block_half, block_rest = blocks_of(width, cos.shape[-1])
     tokens, q_block, k_block, blocks, warps, _, _ = forward_tiling(*heads, block_half)
     with launch_device(q):
-        _fwd_kernel[(-(-all_tokens // tokens), blocks)](
-            q, k, q_weight, k_weight, cos, sin, *outputs, n_tokens, all_tokens, *heads,
-            *strides_of(head_dim, q, k, *outputs), *table_strides_of(head_dim, cos, sin), eps, offset,
+        _fwd_kernel[(-(-numbers[1] // tokens), blocks)](
+            q, k, q_weight, k_weight, cos, sin, *outputs, *numbers, eps, offset,
             width, half, offset != 0, cast_after, block_half, block_rest, tokens, q_block, k_block,
             num_warps=warps,
         )  # fmt: skip
@@ -396,24 +396,24 @@ def _backward(q, k, q_weight, k_weight, cos, sin, dyq, dyk, eps, offset, cast_af
         q, k, q_weight, k_weight, cos, sin, dyq, dyk, eps, offset, cast_after, head_dim, need_dw
     )
     found = iter(results)
-    n_tokens, width = q.shape[3 - head_dim], q.shape[3]
-    all_tokens = q.shape[0] * n_tokens
+    width = q.shape[3]
     incoming, outgoing, heads = [], [], []
     for x, dy in (q, dyq), (k, dyk):
         # What is not wanted takes part with no heads.
         incoming.append(x if dy is None else with_contiguous_rows(dy))
         outgoing.append(x if dy is None else next(found))
         heads.append(0 if dy is None else x.shape[head_dim])
+    strides = strides_of(q, k, *incoming, *outgoing, cos, sin)
+    numbers = numbers_of(head_dim, tuple(heads), q.shape, cos.shape, strides)
     half, block_half, block_rest = blocks_of(width, cos.shape[-1])
     tokens, q_block, k_block, blocks, warps, programs, stages = backward_tiling(*heads, block_half, num_sms(q))
-    programs = min(programs, -(-all_tokens // tokens))
+    programs = min(programs, -(-numbers[1] // tokens))
     partial = None
     if need_dw:
         partial = torch.empty(blocks * programs, 2 * width, dtype=torch.float32, device=q.device)
     with launch_device(q):
         _bwd_kernel[(programs, blocks)](
-            q, k, q_weight, k_weight, cos, sin, *incoming, *outgoing, partial, n_tokens, all_tokens, *heads,
-            *strides_of(head_dim, q, k, *incoming, *outgoing), *table_strides_of(head_dim, cos, sin), eps, offset,
+            q, k, q_weight, k_weight, cos, sin, *incoming, *outgoing, partial, *numbers, eps, offset,
             width, half, offset != 0, cast_after, block_half, block_rest, tokens, q_block, k_block, stages,
             num_warps=warps,
         )  # fmt: skip
@@ -517,6 +517,6 @@ def norm_rope(
         return norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast)
     head_dim = _check(q, k, q_weight, k_weight, cos, sin, cast)
     cos, sin = with_four_dims(cos), with_four_dims(sin)
-    return _NormRope.apply(
-        q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast == "after_weight", head_dim
+    return apply(
+        _NormRope, q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast == "after_weight", head_dim
     )

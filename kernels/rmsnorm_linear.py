@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
+from ._autograd import apply
 from ._linear import check_linear, is_plain_linear, no_autocast, sum_of_products
 from ._runtime import autocast_dtype, use_triton
 
@@ -223,4 +224,4 @@ def rms_norm_linear(
     if not fuses(x, residual, norm_weight, cast_after, zip(weights, biases, strict=True)):
         return _unfused(x, norm_weight, weights, biases, eps, residual, offset, cast)
     options = (float(eps), float(offset), cast_after, recompute)
-    return _RMSNormLinear.apply(x, residual, norm_weight, options, *weights, *biases)
+    return apply(_RMSNormLinear, x, residual, norm_weight, options, *weights, *biases)

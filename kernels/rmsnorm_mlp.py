@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
 from ._activations import Activation, key_of
+from ._autograd import apply
 from ._linear import no_autocast
 from ._runtime import use_triton
 from .gated_linear import glu_linear_backward
@@ -153,4 +154,4 @@ def rms_norm_mlp(
         y, h = rmsnorm.add_rms_norm(x, residual, norm_weight, eps, offset=offset, cast=cast)
         return mlp(y, gate_weight, up_weight, weight, None, activation, recompute), h
     options = (float(eps), float(offset), cast_after, key_of(activation), recompute)
-    return _RMSNormMLP.apply(x, residual, norm_weight, gate_weight, up_weight, weight, options)
+    return apply(_RMSNormMLP, x, residual, norm_weight, gate_weight, up_weight, weight, options)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._autograd import apply
 from ._operators import operator
 from ._runtime import ceil_div, jit, launch_device, tl, triton, use_triton
 
@@ -271,13 +272,28 @@ def blocks_of(width: int, rotated: int) -> tuple[int, int, int]:
     return half, max(16, triton.next_power_of_2(half)), triton.next_power_of_2(max(1, width - rotated))
 
 
-def strides_of(head_dim: int, *tensors: torch.Tensor) -> list[int]:
-    """Of the batch, the tokens and the heads of each tensor."""
-    strides = []
-    for tensor in tensors:
-        batch, *middle, _ = tensor.stride()
-        strides += batch, middle[2 - head_dim], middle[head_dim - 1]
-    return strides
+def strides_of(*tensors: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple([tensor.stride() for tensor in tensors])
+
+
+@functools.lru_cache(maxsize=1024)
+def numbers_of(
+    head_dim: int,
+    heads: tuple[int, int],
+    shape: tuple[int, ...],
+    table_shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+) -> tuple[int, ...]:
+    """What the kernels are told of q's and the tables' shapes, and of the strides of all tensors, the tables last: the
+    tokens of a sequence and of all, the heads of q and of k, strides of the batch, the tokens and the heads of each
+    tensor, and of the batch and the tokens of each table, which are 0 where all share one."""
+    batch, n_tokens = shape[0], shape[3 - head_dim]
+    numbers = [n_tokens, batch * n_tokens, *heads]
+    for of_batch, *middle, _ in strides[:-2]:
+        numbers += of_batch, middle[2 - head_dim], middle[head_dim - 1]
+    for stride in strides[-2:]:
+        numbers += [stride[dim] if table_shape[dim] > 1 else 0 for dim in (0, 3 - head_dim)]
+    return tuple(numbers)
 
 
 def with_contiguous_rows(x: torch.Tensor) -> torch.Tensor:
@@ -288,18 +304,13 @@ def with_four_dims(table: torch.Tensor) -> torch.Tensor:
     return table if table.dim() == 4 else table.reshape((1,) * (4 - table.dim()) + table.shape)
 
 
-def table_strides_of(head_dim: int, *tables: torch.Tensor) -> list[int]:
-    """Of the batch and the tokens of each table; 0 where all share one."""
-    return [t.stride(d) if t.shape[d] > 1 else 0 for t in tables for d in (0, 3 - head_dim)]
-
-
 @functools.cache
 def tiling(q_heads: int, k_heads: int, block_half: int) -> Tiling:
     q, k, blocks = split_heads(q_heads, k_heads, max(1, 2048 // block_half))
-    # 2048 elements of each half: 16 a thread, in two 16-byte loads of a 16-bit dtype. A smaller tile gets fewer
-    # warps, to keep the loads that wide.
+    # At most 2048 elements of each half: 8 a thread, a 16-byte load of a 16-bit dtype. A smaller tile gets fewer warps,
+    # to keep the loads that wide.
     tile = max(q, k) * block_half
-    return Tiling(1, q, k, blocks, min(4, max(1, tile // 256)))
+    return Tiling(1, q, k, blocks, min(8, max(1, tile // 256)))
 
 
 def _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, backward, head_dim, pairs, half_tables):
@@ -325,21 +336,19 @@ def _rotate(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, backward, he
     results = _rotated(q, k, cos, sin, q_dtype, k_dtype, q_strides, k_strides, backward, head_dim, pairs, half_tables)
     found = iter(results)
     yq, yk = (x if dtype is None else next(found) for x, dtype in ((q, q_dtype), (k, k_dtype)))
-    heads = [0 if dtype is None else x.shape[head_dim] for x, dtype in ((q, q_dtype), (k, k_dtype))]
-    token_dim = 3 - head_dim
-    batch, n_tokens, width = q.shape[0], q.shape[token_dim], q.shape[-1]
     q, k, cos, sin = (with_contiguous_rows(x) for x in (q, k, cos, sin))
-    half, block_half, block_rest = blocks_of(width, cos.shape[-1] * (2 if half_tables else 1))
+    tensors = q, k, yq, yk, cos, sin
+    heads = tuple([0 if dtype is None else x.shape[head_dim] for x, dtype in ((q, q_dtype), (k, k_dtype))])
+    numbers = numbers_of(head_dim, heads, q.shape, cos.shape, strides_of(*tensors))
+    half, block_half, block_rest = blocks_of(q.shape[3], cos.shape[-1] * (2 if half_tables else 1))
     orders = [pairs != "halves", pairs == "neighbours"]  # of the forward's input and output: whether by neighbours
     if backward:
         orders.reverse()
     tokens, q_block, k_block, blocks, warps = tiling(*heads, block_half)
     with launch_device(q):
-        _rope_kernel[(-(-batch * n_tokens // tokens), blocks)](
-            q, k, yq, yk, cos, sin, n_tokens, batch * n_tokens, *heads,
-            *strides_of(head_dim, q, k, yq, yk), *table_strides_of(head_dim, cos, sin),
-            width, half, backward, block_half, block_rest, tokens, q_block, k_block, *orders, half_tables,
-            num_warps=warps,
+        _rope_kernel[(-(-numbers[1] // tokens), blocks)](
+            *tensors, *numbers, q.shape[3], half, backward, block_half, block_rest, tokens, q_block, k_block, *orders,
+            half_tables, num_warps=warps,
         )  # fmt: skip
     return results
 
@@ -460,4 +469,4 @@ def rope(
         return rope_reference(q, k, cos, sin, pairs=pairs, half_tables=half_tables)
     head_dim = check_rope("rope", q, k, cos, sin, pairs, half_tables)
     cos, sin = with_four_dims(cos), with_four_dims(sin)
-    return _Rope.apply(q, k, cos, sin, head_dim, pairs, half_tables)
+    return apply(_Rope, q, k, cos, sin, head_dim, pairs, half_tables)

@@ -1,0 +1,94 @@
+"""Which variant of a kernel a launch takes, without a GPU: what Triton would compile anew has one of its own."""
+
+import types
+
+import pytest
+import torch
+
+from ligerfx.kernels import _runtime
+
+CONSTANT = (False, False, False, True)
+
+
+class Kernel:
+    """Stands for a Triton kernel: notes how often it compiles, and what its variants are launched with."""
+
+    __name__ = "stub"
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile(*args, num_warps):
+            number = len(self.compiled)
+            self.compiled.append((grid, args, num_warps))
+            run = lambda *given: self.launched.append((number, *given))  # noqa: E731
+            return types.SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+
+        return compile
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
+    kernel, launchers = Kernel(), {}
+
+    def launch(*args, grid=(3, 2), device=0, num_warps=4):
+        kinds = tuple(map(type, args))
+        if kinds not in launchers:
+            launchers[kinds] = _runtime._launcher(kernel, kinds, CONSTANT)
+        launchers[kinds](grid, device, num_warps, *args)
+        return len(kernel.compiled)
+
+    launch.kernel = kernel
+    return launch
+
+
+def test_a_launch_hands_on_addresses(launch):
+    x = torch.zeros(8)
+    launch(x, None, 5, "c")
+    assert launch.kernel.compiled == [((3, 2), (x, None, 5, "c"), 4)]
+    launch(x, None, 7, "c", device=0)
+    assert launch.kernel.launched == [
+        (0, 3, 2, 1, 70, "function", "metadata", None, None, None, x.data_ptr(), None, 7, "c")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "compiles"),
+    [
+        (lambda x: (x.clone(), None, 5, "c"), False),
+        (lambda x: (torch.nn.Parameter(x[:16]), None, 5, "c"), True),  # has a launcher of its own
+        (lambda x: (x, None, 7, "c"), False),
+        (lambda x: (x, None, 16, "c"), True),
+        (lambda x: (x, None, 1, "c"), True),
+        (lambda x: (x, None, 2**31 + 1, "c"), True),
+        (lambda x: (x, None, 5, "d"), True),
+        (lambda x: (x, None, 5, None), True),
+        (lambda x: (x.half(), None, 5, "c"), True),
+        (lambda x: (x[1:], None, 5, "c"), True),  # no longer at a multiple of 16 bytes
+        (lambda x: (x, x, 5, "c"), True),
+        (lambda x: (x, 2.5, 5, "c"), True),
+        (lambda x: (x, (x, x), 5, "c"), True),
+    ],
+)
+def test_variants(launch, change, compiles):
+    x = torch.zeros(64)
+    launch(x, None, 5, "c")
+    assert launch(*change(x)) == 1 + compiles
+    assert launch(*change(x)) == 1 + compiles
+
+
+def test_tuples_are_looked_into(launch):
+    x = torch.zeros(64)
+    assert launch(x, (x, x), 5, "c") == launch(x, (x, x.clone()), 5, "c") == 1
+    assert launch(x, (x, x[1:]), 5, "c") == 2
+    assert launch(x, (x, x.half()), 5, "c") == 3
+
+
+def test_warps_and_devices(launch):
+    x = torch.zeros(64)
+    assert launch(x, None, 5, "c") == 1
+    assert launch(x, None, 5, "c", num_warps=8) == 2
+    assert launch(x, None, 5, "c", device=1) == 3
+    assert launch(x, None, 5, "c", grid=(1,)) == 3

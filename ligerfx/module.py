@@ -290,6 +290,11 @@ def optimized_class(cls: type) -> type:
     @functools.wraps(cls.forward)
     def forward(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
+            if not torch.is_grad_enabled() and not self.__dict__["_ligerfx_defers_logits"]:
+                # There is nothing to save for a backward, and a compiler fuses the plain operations with those around
+                # them: a token that `generate` decodes on an H100 takes 1.15 times as long with kernels, which it
+                # cannot. Nor is a program looked up: what is checked for that, compiled code checks in every call.
+                return cls.forward(self, *args, **kwargs)
             from .compiled import learn  # imports the compiler, which `import ligerfx` must not
 
             learn()
@@ -304,8 +309,6 @@ def optimized_class(cls: type) -> type:
         if not torch.compiler.is_compiling():
             _remember(self, program, cls.forward, args, kwargs)
         elif not torch.is_grad_enabled() and not program.defers_logits:
-            # There is nothing to save for a backward, and a compiler fuses the plain operations with those around
-            # them: a token that `generate` decodes on an H100 takes 1.15 times as long with kernels, which it cannot.
             return cls.forward(self, *args, **kwargs)
         if program.function is None:
             return cls.forward(self, *args, **kwargs)
@@ -334,6 +337,7 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
     module.__dict__["_ligerfx_program"] = program
     module.__dict__["_ligerfx_programs"] = {program.capture.key: [program]} if program.function else {}
     module.__dict__["_ligerfx_entries"] = ()
+    module.__dict__["_ligerfx_defers_logits"] = program.defers_logits
 
 
 def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
@@ -361,6 +365,8 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     with session.lock:
         program = session.program_for(module, key, leaves, args, kwargs)
     programs.setdefault(key, []).append(program)
+    if program.defers_logits:
+        module.__dict__["_ligerfx_defers_logits"] = True
     warn_of_full_logits(module, program)
     # A capture that does not even serve the call that it was made for must not run.
     return (program if program.guard(module, leaves) else None), leaves

@@ -209,6 +209,27 @@ def test_a_changed_attribute_recompiles(references):
     torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss, rtol=1e-6, atol=0)
 
 
+def test_without_gradients_nothing_is_looked_up_inside_the_model(references):
+    """In each call compiled code checks all that was looked at, and a token takes less time than many checks."""
+    model = make("llama", num_hidden_layers=2)
+    optimised = ligerfx.optimize(model)
+    checked = []
+
+    def note(guards):
+        checked.extend(guard.name for guard in guards)
+        return [True] * len(guards)
+
+    compiled = torch.compile(optimised, backend="eager", fullgraph=True, options={"guard_filter_fn": note})
+    ids = torch.ones(2, 5, dtype=torch.long)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has not seen")
+        found = compiled(input_ids=ids, labels=ids, use_cache=False)
+    torch.testing.assert_close(found.loss, model(input_ids=ids, labels=ids, use_cache=False).loss, rtol=1e-6, atol=0)
+    programs = [name for name in checked if "_ligerfx_programs" in name]
+    assert programs  # of the whole, whose loss is fused
+    assert not [name for name in programs if "layers" in name]
+
+
 @pytest.mark.parametrize(("labels", "backend"), [("all", "eager"), ("some", "aot_eager")])
 def test_other_sizes_and_padding(references, labels, backend):
     model = make("llama", num_hidden_layers=1)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import _unnormalised
+from ._autograd import apply
 from ._operators import operator
 from ._runtime import PLAIN, autocast_dtype, ceil_div, launch_device, tl, triton, use_triton
 from ._weight_grad import WeightGrad, scale_to
@@ -146,14 +147,16 @@ def loss_and_grad_(
         )  # fmt: skip
 
 
-def _chunk_rows(n_rows: int, row_bytes: int, budget: int) -> int:
+def _chunk_rows(n_rows: int, row_bytes: int, budget: int, sum_bytes: int = 0) -> int:
     """Rows a chunk: one chunk if the budget allows, else few of about the same size.
+
+    The budget allows one chunk sum_bytes more: what a sum over chunks would take.
 
     Rows in multiples of 512, where there are that many: the gradient of x, [rows, H], has few tiles, each a sum over
     the vocabulary, and most hidden sizes then fill the multiprocessors evenly.
     """
     most = max(1, budget // row_bytes)
-    if n_rows <= most:
+    if n_rows <= most or n_rows * row_bytes <= budget + sum_bytes:
         return n_rows
     tile = next(tile for tile in (512, 128, 1) if tile <= most)
     n_chunks = ceil_div(n_rows, most - most % tile)
@@ -198,9 +201,11 @@ def _loss_and_grads(
     if n_rows:
         # Rows start at multiples of 32 bytes: the matrix products and the loss need aligned vectors to be fast.
         row_stride = ceil_div(vocab, 16) * 16
-        chunk = _chunk_rows(n_rows, row_stride * x.element_size(), options["budget"])
-        # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
-        wide = x.dtype == torch.float16 or (chunk < n_rows and options["accumulate_in"] == torch.float32)
+        # One chunk needs no float32 sum. (In float16, where it has not been divided by n, it could overflow.)
+        wide = need_w and x.dtype != torch.float32 and options["accumulate_in"] == torch.float32
+        sum_bytes = 2 * weight.numel() if wide and x.dtype != torch.float16 else 0
+        chunk = _chunk_rows(n_rows, row_stride * x.element_size(), options["budget"], sum_bytes)
+        wide = x.dtype == torch.float16 or (wide and chunk < n_rows)
         if need_w:
             dw = WeightGrad(weight, wide)
         fused = need_grad and not need_b and _unnormalised.takes(x[:chunk], weight, bias, options["loss"])
@@ -406,7 +411,7 @@ def linear_cross_entropy(
     accumulate_in: torch.dtype | None = torch.float32,
     rows: CountedRows | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy(x @ weight.T + bias, target, ...)` with at most `logits_budget` bytes of logits held.
+    """`cross_entropy(x @ weight.T + bias, target, ...)` with about `logits_budget` bytes of logits held.
 
     If a gradient is wanted it is computed with the loss, chunk by chunk, and the backward only scales it; a
     second backward through the same graph computes it again. With V, H of the weight and M rows of x, the forward
@@ -419,7 +424,8 @@ def linear_cross_entropy(
         target: [...], int64 class indices.
         bias: [V] or None.
         ignore_index, reduction, label_smoothing, softcap, scale, z_loss: as for `cross_entropy`.
-        logits_budget: bytes of logits held at once; one row of logits is held whatever the budget.
+        logits_budget: bytes of logits held at once; one row of logits is held whatever the budget, and all are where
+            that takes no more memory than a float32 sum over chunks, which one chunk does without.
         accumulate_in: dtype of the sum of the weight's gradient over chunks: float32, or None for the weight's
             dtype, which halves its memory and rounds it once a chunk. (Always float32 for float16, which could
             overflow.) The matrix products themselves accumulate in float32 either way.
@@ -484,4 +490,4 @@ def linear_cross_entropy(
         return _CompiledLinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())
     if rows is None:
         rows = rows_that_count(target, ignore_index)
-    return _LinearCrossEntropy.apply(x, weight, bias, target, rows, options, torch.is_grad_enabled())
+    return apply(_LinearCrossEntropy, x, weight, bias, target, rows, options, torch.is_grad_enabled())

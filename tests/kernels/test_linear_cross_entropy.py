@@ -158,13 +158,23 @@ def test_wide_sum_is_rounded_once(device, factor):
     assert total.parts[1].numel() and torch.equal(total.scaled(torch.tensor(factor, device=device)), expected)
 
 
-def test_one_chunk_needs_no_sum(device, monkeypatch):
-    x, weight = (t.requires_grad_() for t in _inputs(device, bias=False, dtype=torch.bfloat16))
-    made = []
+add = WeightGrad.add
+
+
+@pytest.mark.parametrize(
+    ("budget", "mode", "wide"),
+    # The sum would take 2 x 50 x 16 bytes more than its result, and a row of logits takes 128.
+    [(2**20, torch.float32, False), (1300, torch.float32, False), (900, torch.float32, True), (900, None, False)],
+)
+def test_one_chunk_needs_no_sum(device, monkeypatch, budget, mode, wide):
+    x, weight = (t.requires_grad_() for t in _inputs(device, (20, 16), bias=False, dtype=torch.bfloat16))
+    made, chunks, add = [], [], WeightGrad.add
+    monkeypatch.setattr(WeightGrad, "add", lambda self, a, b: chunks.append(len(b)) or add(self, a, b))
     monkeypatch.setattr(linear_crossentropy, "WeightGrad", lambda w, wide: made.append(wide) or WeightGrad(w, wide))
-    for budget, mode in [(2**20, torch.float32), (400, torch.float32), (400, None)]:
-        linear_cross_entropy(x, weight, _target((10,), 50, device), logits_budget=budget, accumulate_in=mode).backward()
-    assert made == [False, True, False]
+    target = torch.randint(50, (20,), device=device)
+    linear_cross_entropy(x, weight, target, logits_budget=budget, accumulate_in=mode).backward()
+    assert made == [wide]
+    assert (chunks == [20]) == (budget > 900)
 
 
 @pytest.mark.parametrize("hidden", [1, 3, 8])
@@ -381,6 +391,8 @@ def test_chunk_rows():
     assert _chunk_rows(101, row_bytes=200, budget=200 * 100) == 51
     assert _chunk_rows(1000, row_bytes=200, budget=1) == 1
     assert _chunk_rows(10, row_bytes=200, budget=2**30) == 10
+    assert _chunk_rows(1000, row_bytes=200, budget=200 * 700, sum_bytes=200 * 300) == 1000
+    assert _chunk_rows(1000, row_bytes=200, budget=200 * 700, sum_bytes=200 * 299) == 512
     for vocab in (128256, 151936, 152064):
         assert _chunk_rows(8192, vocab * 2, linear_crossentropy.LOGITS_BUDGET) == 2048
     assert _chunk_rows(2400, 2 * 128256, linear_crossentropy.LOGITS_BUDGET) == 2400

@@ -11,7 +11,7 @@ from ligerfx.kernels import _hopper, _hopper_loss, _unnormalised, linear_cross_e
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 # M, H, V: on a GPU more tiles than programs, with rests of tiles; for the interpreter small, with a rest of columns.
-ROWS, HIDDEN, VOCAB = (1900, 264, 9000) if torch.cuda.is_available() else (12, 16, 300)
+ROWS, HIDDEN, VOCAB = (1900, 264, 9000) if torch.cuda.is_available() else (64, 16, 300)
 STD = HIDDEN**-0.5
 
 

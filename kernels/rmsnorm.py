@@ -8,6 +8,7 @@ import functools
 import torch
 from torch.autograd.function import once_differentiable
 
+from ._autograd import apply
 from ._operators import operator
 from ._runtime import is_dense_with_rows, jit, launch_device, tl, triton, use_triton, with_layout_of
 
@@ -114,6 +115,18 @@ def _store(ptr, tile, start, n_rows, I, H: tl.constexpr, ROWS: tl.constexpr, BLO
 
 
 @triton.jit
+def _tile_of(w, w_ptr, start, I, H: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr):  # noqa: E741
+    """Tile I of the weight: of its tiles w, or, AGAIN, read from memory. The row, start, is none below zero; but the
+    compiler does not know, and so does not read it once for all rows."""
+    if AGAIN:
+        offsets, mask = _place(0, 1, I, H, 1, BLOCK)
+        tile = tl.load(w_ptr + tl.minimum(start, 0) + offsets, mask=mask, other=0.0)
+    else:
+        tile = w[I]
+    return tile
+
+
+@triton.jit
 def scale_of(w, offset, HAS_OFFSET: tl.constexpr, CAST_AFTER: tl.constexpr):
     """What a tile of the weight multiplies by, in float32."""
     scale = w.to(tl.float32)
@@ -168,7 +181,7 @@ def _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, start, n_rows, H: tl.constexpr, R
 def _bwd_kernel(
     dy_ptr, dh_ptr, h_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, y_ptr, n_rows, offset,
     H: tl.constexpr, HAS_OFFSET: tl.constexpr, CAST_AFTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """dx is dh + the gradient through the norm; dw is one row of partial sums a program.
 
@@ -176,10 +189,11 @@ def _bwd_kernel(
     """
     first = tl.program_id(0) * ROWS
     step = tl.num_programs(0) * ROWS
-    w = _load(w_ptr, 0, 1, H, 1, BLOCK)
+    tiles: tl.constexpr = (H + BLOCK - 1) // BLOCK
+    w = () if AGAIN else _load(w_ptr, 0, 1, H, 1, BLOCK)
     # One partial sum per tile element: the sum over ROWS waits until after the loop.
     dw = ()
-    for _ in tl.static_range(len(w)):
+    for _ in tl.static_range(tiles):
         dw = dw + (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
     if ROWS > 1:
         coming = _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, first, n_rows, H, ROWS, BLOCK)
@@ -192,8 +206,9 @@ def _bwd_kernel(
             h, dy, dh, rstd = _load_all(h_ptr, dy_ptr, dh_ptr, rstd_ptr, start, n_rows, H, ROWS, BLOCK)
         if dx_ptr is not None:
             dots = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-            for i in tl.static_range(len(w)):
-                g = dy[i].to(tl.float32) * scale_of(w[i], offset, HAS_OFFSET, CAST_AFTER)
+            for i in tl.static_range(tiles):
+                weight = _tile_of(w, w_ptr, start, i, H, BLOCK, AGAIN)
+                g = dy[i].to(tl.float32) * scale_of(weight, offset, HAS_OFFSET, CAST_AFTER)
                 dots += g * h[i].to(tl.float32)
             mean = tl.sum(dots, axis=1) * rstd / H  # of g * h_hat
         if y_ptr is not None and (ROWS > 1 or dx_ptr is None):
@@ -201,9 +216,10 @@ def _bwd_kernel(
             # of that by itself; a barrier more, and Triton would not pipeline the loop.
             tl.debug_barrier()
         sums = ()
-        for i in tl.static_range(len(w)):
+        for i in tl.static_range(tiles):
             h_hat = h[i].to(tl.float32) * rstd[:, None]
-            scale = scale_of(w[i], offset, HAS_OFFSET, CAST_AFTER)
+            weight = _tile_of(w, w_ptr, start, i, H, BLOCK, AGAIN)
+            scale = scale_of(weight, offset, HAS_OFFSET, CAST_AFTER)
             if dx_ptr is not None:
                 dx = (dy[i].to(tl.float32) * scale - h_hat * mean[:, None]) * rstd[:, None]
                 if dh_ptr is not None:
@@ -217,7 +233,7 @@ def _bwd_kernel(
             sums = sums + (dw[i] + dy[i].to(tl.float32) * h_hat,)
         dw = sums
     if dw_ptr is not None:
-        for i in tl.static_range(len(w)):
+        for i in tl.static_range(tiles):
             _store(dw_ptr, tl.sum(dw[i], axis=0)[None, :], tl.program_id(0), tl.num_programs(0), i, H, 1, BLOCK)
 
 
@@ -231,6 +247,10 @@ def _sum_rows_kernel(x_ptr, y_ptr, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.
         mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
         sums += tl.load(x_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
     tl.store(y_ptr + cols, tl.sum(sums, axis=0).to(y_ptr.dtype.element_ty), mask=cols < n_cols)
+
+
+LONG = 12288
+"""Columns beyond which the backward reads the weight anew for each row: it is in the L1 cache, registers are few."""
 
 
 @functools.cache
@@ -254,10 +274,11 @@ def backward_tiling(hidden: int, element_bytes: int, device: int) -> tuple[int, 
     element_bytes is the size of an element of all inputs together; device is -1 for the interpreter.
 
     Programs stay and walk over the rows, so that the partial sums of dweight are few. An H100 in bfloat16 comes to
-    these shares of the speed of a copy; beyond 8192 columns a pipeline would spill registers.
+    these shares of the speed of a copy, the residual's gradient added; beyond 12288 columns there are no registers left
+    for a pipeline, nor for the weight.
 
-        columns     64  128  256  1024 | 2048  3072  4096  5120 | 8192 | 16384
-        share, %    85   71   90    59 |   72    81    84    90 |   91 |    80 (65 with a pipeline)
+        columns     64  128  256  1024 | 2048  3072  4096  5120 | 8192 10240 12288 | 16384
+        share, %    85   71   90    59 |   72    81    84    90 |   91    85    84 |    83
     """
     if hidden <= 1024:
         block = max(16, 1 << (hidden - 1).bit_length())
@@ -265,7 +286,7 @@ def backward_tiling(hidden: int, element_bytes: int, device: int) -> tuple[int, 
     elif hidden <= 5120:
         rows, block, warps, resident, stages = 1, 1024, 4, 2, 3
     else:
-        rows, block, warps, resident, stages = 1, 4096, 16, 1, 3 if hidden <= 8192 else 1
+        rows, block, warps, resident, stages = 1, 4096, 16, 1, 3 if hidden <= LONG else 1
     if device < 0:
         return rows, block, warps, resident, 1
     gpu = torch.cuda.get_device_properties(device)
@@ -388,7 +409,7 @@ def _backward(dy, dh, h, weight, rstd, offset, cast_after, need_dx, need_dw, nee
     with launch_device(h):
         _bwd_kernel[(programs,)](
             dy, dh, h, weight.contiguous(), rstd, dx, partial, y, n_rows, offset,
-            hidden, offset != 0, cast_after, rows, block, stages, num_warps=warps,
+            hidden, offset != 0, cast_after, rows, block, stages, hidden > LONG, num_warps=warps,
         )  # fmt: skip
         dw = None
         if need_dw:
@@ -504,7 +525,7 @@ def rms_norm(
     if not use_triton(x, weight):
         return rms_norm_reference(x, weight, eps, offset=offset, cast=cast)
     check_rms_norm("rms_norm", x, weight, cast)
-    return _RMSNorm.apply(x, weight, float(eps), float(offset), cast == "after_weight")
+    return apply(_RMSNorm, x, weight, float(eps), float(offset), cast == "after_weight")
 
 
 def add_rms_norm(
@@ -547,4 +568,4 @@ def add_rms_norm(
         return add_rms_norm_reference(x, residual, weight, eps, offset=offset, cast=cast)
     check_rms_norm("add_rms_norm", x, weight, cast, residual)
     x, residual = _contiguous_first(x, residual)
-    return _AddRMSNorm.apply(x, residual, weight, float(eps), float(offset), cast == "after_weight")
+    return apply(_AddRMSNorm, x, residual, weight, float(eps), float(offset), cast == "after_weight")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ligerfx.kernels import rms_norm, rms_norm_reference
+from ligerfx.kernels.rmsnorm import LONG
 
 VARIANTS = [
     {"cast": "before_weight"},
@@ -24,8 +25,9 @@ def test_matches_reference(device, poison, assert_matches, shape, options):
     assert_matches(*_pair(**options), inputs)
 
 
-def test_long_rows(device, assert_matches):
-    assert_matches(*_pair(), [torch.randn(3, 2100, device=device), torch.randn(2100, device=device)])
+@pytest.mark.parametrize("hidden", [2100, LONG + 100])  # the last reads the weight anew for each row
+def test_long_rows(device, assert_matches, hidden):
+    assert_matches(*_pair(), [torch.randn(2, hidden, device=device), torch.randn(hidden, device=device)])
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

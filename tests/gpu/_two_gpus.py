@@ -42,6 +42,24 @@ def sharded(model):
     return fully_shard(model, mesh=mesh)
 
 
+def with_a_last_unit(model):
+    """Sharded as accelerate and the Trainer do it: the last norm and the head, and what is tied to it, are a unit."""
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    tied = model.config.tie_word_embeddings
+    last = [model.model.norm, *([model.model.embed_tokens] if tied else []), model.lm_head]
+    fully_shard(last, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
+def assert_fused(model):
+    """The loss of what was called is computed without logits."""
+    programs = [program for programs in model._ligerfx_programs.values() for program in programs]
+    assert programs and all("linear_cross_entropy" in m.pattern.idioms for p in programs for m in p.matches)
+    assert all(program.matches for program in programs)
+
+
 def whole(parameter):
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
@@ -54,6 +72,7 @@ def check_training(wrap, tied):
     expected = [losses[rank] for losses in steps_of(original, (0, 1), 256, 33)]
     wrapped = wrap(optimised)
     found = [losses[0] for losses in steps_of(wrapped, (rank,), 256, 33)]
+    assert_fused(optimised)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0)
     assert expected[-1] != expected[0]
     for (name, p), q, before in zip(original.named_parameters(), wrapped.parameters(), start, strict=True):
@@ -61,17 +80,18 @@ def check_training(wrap, tied):
         assert apart < 1e-3 * way, (name, apart, way)
 
 
-def check_memory():
+def check_memory(shard):
     """The optimised model, sharded, takes less than the original, sharded."""
     peaks = []
     for optimise in (lambda model: model, ligerfx.optimize):
-        model = sharded(optimise(midsize("llama", dtype=torch.bfloat16, device="cuda", vocab_size=32000)))
+        model = shard(optimise(midsize("llama", dtype=torch.bfloat16, device="cuda", vocab_size=32000)))
         steps_of(model, (dist.get_rank(),), 32000, 512, count=1)
         torch.cuda.reset_peak_memory_stats()
         steps_of(model, (dist.get_rank(),), 32000, 512, count=2)
         peaks.append(torch.cuda.max_memory_allocated())
         del model
-    print(f"peak of the original {peaks[0] / 2**20:.0f} MiB, optimised {peaks[1] / 2**20:.0f} MiB", flush=True)
+    original, optimised = (round(peak / 2**20) for peak in peaks)
+    print(f"{shard.__name__}: peak of the original {original} MiB, optimised {optimised} MiB", flush=True)
     assert peaks[1] < 0.6 * peaks[0], peaks
 
 
@@ -81,7 +101,9 @@ def main():
     for tied in (False, True):
         check_training(lambda model: DDP(model, device_ids=[dist.get_rank()]), tied)
         check_training(sharded, tied)
-    check_memory()
+        check_training(with_a_last_unit, tied)
+    for shard in (sharded, with_a_last_unit):
+        check_memory(shard)
     dist.destroy_process_group()
 
 

@@ -20,7 +20,14 @@ from torch.nn.modules.module import (
 
 from .constants import PLAIN
 from .names import Name
-from .sharded import gathers_nothing, has_no_hooks_but, is_fully_sharded, is_hook_of_fsdp, is_view_of_flat
+from .sharded import (
+    gathers_nothing,
+    has_no_hooks_but,
+    is_fully_sharded,
+    is_gathered_by_zero,
+    is_hook_of_fsdp,
+    is_view_of_flat,
+)
 from .traced_numbers import TracedInt, plain
 
 OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -283,17 +290,18 @@ def has_own_hooks(module: nn.Module) -> bool:
 
 
 def lends_parameters(module: nn.Module) -> bool:
-    """Whether a module is a linear layer whose call gathers its weights, which then stay whole until the backward: one
-    in a unit of FSDP2 (`reshard_after_forward=False`), with no hooks but those of FSDP2."""
-    if not is_fully_sharded(module) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    """Whether a module is a linear layer whose call gathers its weights, with no hooks but those that do so: under
+    ZeRO-3, or in a unit of FSDP2 that keeps them until the backward (`reshard_after_forward=False`)."""
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module) or any(GLOBAL_HOOKS):
         return False
+    if not is_fully_sharded(module):
+        return is_gathered_by_zero(module)
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one group before torch 2.12
     return (
         all(group is not None and group.post_forward_mesh_info is None for group in groups)
         and state._mp_policy.output_dtype in (None, torch.float32)  # nothing is rounded on the way out
         and has_no_hooks_but(module, is_hook_of_fsdp)
-        and not any(GLOBAL_HOOKS)
     )
 
 

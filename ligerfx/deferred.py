@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from .sharded import is_fully_sharded, is_hook_of_fsdp
+from .sharded import is_called_by_zero, is_fully_sharded, is_hook_of_fsdp
 
 _METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
                          "is_meta", "is_sparse", "is_nested", "is_quantized", "itemsize", "nbytes"}}  # fmt: skip
@@ -49,6 +49,8 @@ class DeferredTensor(torch.Tensor):
     _needs: list[tuple[torch.Tensor, int]]
     _hooks: dict[int, Callable]
     _freed: bool
+    _late: bool
+    _has_graph: bool
 
     @staticmethod
     def make(
@@ -58,18 +60,22 @@ class DeferredTensor(torch.Tensor):
         dtype: torch.dtype,
         device: torch.device,
         requires_grad: bool,
+        late: bool = False,
     ) -> DeferredTensor:
+        """`late`: to others it is a tensor without a gradient, but values that are read where gradients are on have a
+        graph."""
         self = torch.Tensor._make_wrapper_subclass(
             DeferredTensor, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
         self._compute, self._needs, self._value, self._hooks = compute, needs, None, OrderedDict()
-        self._freed = False
+        self._freed, self._late, self._has_graph = False, late, False
         return self
 
     def materialize(self) -> torch.Tensor:
         """The ordinary tensor that this one stands for."""
         with torch._C.DisableTorchFunctionSubclass():
-            if self._value is None:
+            needs_graph = self.requires_grad or (self._late and torch.is_grad_enabled())
+            if self._value is None or (needs_graph and not self._has_graph):
                 for tensor, version in self._needs:
                     if tensor._version != version:
                         raise RuntimeError(
@@ -83,8 +89,8 @@ class DeferredTensor(torch.Tensor):
                             "holds the head after forward (FSDP2: reshard_after_forward=False, the root's default)."
                         )
                 # As if computed at once: with a graph if gradients were on then, whoever looks now.
-                with torch.set_grad_enabled(self.requires_grad):
-                    self._value = self._compute()
+                with torch.set_grad_enabled(needs_graph):
+                    self._value, self._has_graph = self._compute(), needs_graph
                 for hook in self._hooks.values():
                     self._value.register_hook(hook)
             return self._value
@@ -104,6 +110,9 @@ class DeferredTensor(torch.Tensor):
             if name == "register_hook" and first.requires_grad:
                 return first._hook_later(args[1])
         if name in _LAZY_METHODS and isinstance(first, DeferredTensor) and _stays_deferred(name, args, kwargs):
+            if name == "detach" and first._late and is_called_by_zero():
+                # It makes a function's result of that, which is part of the graph if what it was made from is.
+                return first._then(_itself, (), {})
             return first._then(func, args[1:], kwargs)
         args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
@@ -117,16 +126,17 @@ class DeferredTensor(torch.Tensor):
 
     def _then(self, func: Callable, args: tuple, kwargs: dict) -> DeferredTensor:
         """The deferred result of `func` on this tensor."""
+        attached = func.__name__ != "detach"
         with torch._C.DisableTorchFunctionSubclass():
             like = func(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
-            grad = self.requires_grad and func.__name__ != "detach"
             return DeferredTensor.make(
                 lambda: func(self.materialize(), *args, **kwargs),
                 [],
                 self.shape,
                 like.dtype,
                 like.device,
-                grad,
+                self.requires_grad and attached,
+                self._late and attached,
             )
 
     def _hook_later(self, hook: Callable) -> RemovableHandle:
@@ -158,6 +168,10 @@ def settled_if_sharded(module: torch.nn.Module, out: Any) -> Any:
     return out
 
 
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 def _stays_deferred(name: str, args: tuple, kwargs: dict) -> bool:
     return name != "to" or all(isinstance(a, torch.dtype) for a in (*args[1:], *kwargs.values()))
 
@@ -180,6 +194,7 @@ def deferred_logits(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    late: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The logits `x @ weight.T + bias`, scaled and soft-capped, computed when somebody looks at them.
 
@@ -189,6 +204,8 @@ def deferred_logits(
         bias: [V].
         softcap: logits become softcap * tanh(logits / softcap).
         scale: factor on the logits, before the soft cap.
+        late: to others they have no gradient, but values that are read where gradients are on have a graph, and this
+            function has the last word on those.
 
     Returns:
         A `DeferredTensor` [..., V]; in what torch.compile traces an ordinary tensor, unless it is an output of the
@@ -202,7 +219,7 @@ def deferred_logits(
         from .compiled import logits_under_compile  # imports the compiler, which `import ligerfx` must not
 
         return logits_under_compile(x, weight, bias, softcap, scale, autocast, requires_grad)
-    return deferred(x, weight, bias, softcap, scale, autocast, requires_grad)
+    return deferred(x, weight, bias, softcap, scale, autocast, requires_grad, late=late)
 
 
 def deferred(
@@ -214,6 +231,7 @@ def deferred(
     autocast: torch.dtype | None,
     requires_grad: bool,
     convert: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+    late: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> DeferredTensor:
     """What `deferred_logits` returns; `convert` has the last word on the values."""
     device = x.device.type
@@ -223,7 +241,8 @@ def deferred(
         if torch.amp.is_autocast_available(device):
             mode = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
         with mode:
-            return convert(compute_logits(x, weight, bias, softcap, scale))
+            logits = convert(compute_logits(x, weight, bias, softcap, scale))
+        return late(logits) if late and torch.is_grad_enabled() else logits
 
     return DeferredTensor.make(
         compute,
@@ -231,5 +250,6 @@ def deferred(
         (*x.shape[:-1], weight.shape[0]),
         autocast or x.dtype,
         x.device,
-        requires_grad,
+        requires_grad and late is None,
+        requires_grad and late is not None,
     )

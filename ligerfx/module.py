@@ -430,8 +430,8 @@ def warn_of_full_logits(module: OptimizedModule, program: Program) -> None:
                         "the whole model, it is fused with the loss"
                     )
                 elif any(hasattr(parameter, "ds_shape") for parameter in head.parameters(recurse=False)):
-                    what = "sharded by DeepSpeed ZeRO-3, whose hooks gather its weights"
-                    cure = "With ZeRO-2, it is fused with the loss"
+                    what = "sharded by DeepSpeed ZeRO-3, and has other hooks than those that gather its weights"
+                    cure = "Without these, or with ZeRO-2, it is fused with the loss"
                 _warn_once(
                     module,
                     f"{type(module).__name__}: {node.target} is {what}. It is called as it is, so the logits are "

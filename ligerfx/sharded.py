@@ -6,6 +6,7 @@ FSDP and DeepSpeed ZeRO-3 gather them in hooks, which do not run during capture:
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,8 +105,24 @@ _ZERO = {"deepspeed.runtime.zero.parameter_offload", "deepspeed.utils.nvtx"}
 
 def gathers_nothing(module: nn.Module) -> bool:
     """Whether all hooks of a module are ZeRO-3's, which gather the parameters that a module has, and it has none."""
+    return _has_hooks_of_zero_alone(module) and next(module.parameters(), None) is None
+
+
+def is_gathered_by_zero(module: nn.Module) -> bool:
+    """Whether a module's parameters are ZeRO-3's, and its hooks, too: they gather them for each call and free them."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    split = bool(parameters) and all(hasattr(p, "ds_shape") for p in parameters)
+    return split and bool(module._forward_pre_hooks) and _has_hooks_of_zero_alone(module)
+
+
+def is_called_by_zero() -> bool:
+    """Whether what calls this function is called by a hook of ZeRO-3."""
+    return sys._getframe(2).f_globals.get("__name__") in _ZERO
+
+
+def _has_hooks_of_zero_alone(module: nn.Module) -> bool:
     of_zero = has_no_hooks_but(module, lambda hook: getattr(hook, "__module__", "") in _ZERO)
-    return of_zero and not vars(module).get("_external_params") and next(module.parameters(), None) is None
+    return of_zero and not vars(module).get("_external_params")
 
 
 def has_no_hooks_but(module: nn.Module, known: Callable[[Any], bool]) -> bool:

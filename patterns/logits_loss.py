@@ -18,7 +18,7 @@ from ligerfx.deferred import deferred_logits
 from ligerfx.kernels import cross_entropy, linear_cross_entropy, rows_that_count
 from ligerfx.kernels.linear_crossentropy import LOGITS_BUDGET
 from ligerfx.pattern import Pattern, pattern
-from ligerfx.sharded import call_with
+from ligerfx.sharded import call_with, is_gathered_by_zero
 
 
 def _loss(logits: torch.Tensor, target: torch.Tensor, **options) -> torch.Tensor:
@@ -41,14 +41,41 @@ def linear_cross_entropy_inside(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The loss and the deferred logits, computed in a call of `head`, whose hooks gather its weights."""
 
-    def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = linear_cross_entropy(
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(
             x, head.weight, target, head.bias, softcap=softcap, scale=scale, ignore_index=ignore_index,
             reduction=reduction, label_smoothing=label_smoothing, rows=rows, logits_budget=logits_budget,
         )  # fmt: skip
-        return loss, deferred_logits(x, head.weight, head.bias, softcap=softcap, scale=scale)
 
-    return call_with(head, forward, x)
+    if not is_gathered_by_zero(head):
+        logits_of = partial(deferred_logits, softcap=softcap, scale=scale)
+        return call_with(head, lambda x: (loss_of(x), logits_of(x, head.weight, head.bias)), x)
+    logits = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        # ZeRO-3 frees the weights after the call, but not the memory of views. And it makes each result of a module one
+        # of a function of its own: not what the call does not return, and what seems to have no gradient.
+        weight, bias = (p if p is None else p.view_as(p) for p in (head.weight, head.bias))
+        logits.append(deferred_logits(x, weight, bias, softcap=softcap, scale=scale, late=with_loss))
+        return loss_of(x)
+
+    def with_loss(logits: torch.Tensor) -> torch.Tensor:
+        return _WithLoss.apply(logits, loss)
+
+    loss = call_with(head, forward, x)
+    return loss, logits[0]
+
+
+class _WithLoss(torch.autograd.Function):
+    """The logits. Their backward passes by the loss, before which ZeRO-3 gathers the weights."""
+
+    @staticmethod
+    def forward(ctx, logits, loss):
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, dlogits):
+        return dlogits, dlogits.new_zeros(())
 
 
 def _logits_loss(fixed: dict) -> Pattern:

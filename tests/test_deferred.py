@@ -342,3 +342,53 @@ def test_logits_of_the_dtype_of_the_original(dtype):
     inputs = batch(model)
     optimised = ligerfx.optimize(model, inputs)
     assert optimised(**inputs).logits.dtype == model(**inputs).logits.dtype == dtype
+
+
+def late(computed_with=lambda logits: logits):
+    """Deferred logits that are late, and what they are made of."""
+    made_of = parts()
+    return deferred_logits(*made_of, late=computed_with), made_of
+
+
+@pytest.mark.parametrize("cast", [lambda t: t, torch.Tensor.float, lambda t: t.to(torch.float64).contiguous()])
+def test_late_logits_have_a_graph_where_they_are_read_with_gradients(computed, cast):
+    logits, made_of = late()
+    logits = cast(logits)
+    assert isinstance(logits, DeferredTensor) and not logits.requires_grad and not computed
+    with torch.no_grad():
+        values = logits + 0
+    assert not values.requires_grad and len(computed) == 1
+    read = logits + 0
+    torch.testing.assert_close(read, values, rtol=0, atol=0)
+    found = torch.autograd.grad(read.square().sum(), made_of)
+    expected = torch.autograd.grad(eager(*made_of).square().sum(), made_of)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(logits + 0, values, rtol=0, atol=0)
+    assert len(computed) == 2  # once for each
+
+
+def test_the_last_word_on_late_logits_with_a_graph():
+    logits, made_of = late(lambda logits: logits * 3)
+    with torch.no_grad():
+        torch.testing.assert_close(logits + 0, eager(*made_of))
+    torch.testing.assert_close(logits + 0, 3 * eager(*made_of))
+
+
+def test_late_logits_made_without_gradients_have_none():
+    with torch.no_grad():
+        logits, _ = late(lambda logits: pytest.fail("they have no graph"))
+    assert not (logits + 0).requires_grad
+
+
+def test_late_logits_detach_but_for_zero3(computed):
+    logits, _ = late()
+    assert not (logits.detach() + 0).requires_grad
+    hook = {"__name__": "deepspeed.runtime.zero.parameter_offload"}
+    exec("def forward(output): return output.detach()", hook)
+    with torch.no_grad():
+        result = hook["forward"](logits)
+    assert isinstance(result, DeferredTensor) and result is not logits and not result.requires_grad
+    assert (result + 0).requires_grad
+    assert not (deferred_logits(*parts()).detach() + 0).requires_grad

@@ -1,6 +1,7 @@
 """The checks of test_deepspeed.py: the optimised model and the original, each in a DeepSpeed engine."""
 
 import os
+import warnings
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["LOCAL_RANK"] = "0"
@@ -9,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from _workers import main, shards
+from deepspeed.utils import safe_get_full_grad
 
 import ligerfx
 from models import make
@@ -75,12 +77,77 @@ def zero3(folder):
         gm = ligerfx.optimize(make(name))
         optimised, original = (run(engine_of(m, 3)) for m in (gm, make(name)))
         assert_equal(optimised, original)
-        assert type(optimised[2].logits) is torch.Tensor
-        assert idioms(gm, "")[-1] == ["cross_entropy"], idioms(gm, "")
+        assert type(optimised[2].logits) is ligerfx.DeferredTensor and optimised[2].logits._value is None
+        assert idioms(gm, "")[-1] == ["linear_cross_entropy"], idioms(gm, "")
         assert idioms(gm, "model.layers.1.self_attn")[-1] == ["rope"]
         assert idioms(gm, "model.layers.1.input_layernorm")[-1] == ["rms_norm"]
         assert idioms(gm, "model.layers.1.mlp")[-1] == ["glu"]
         assert gm.model.layers[0]._forward_hooks
+
+
+def gradients(model, inputs, total):
+    """Of the total of the output, and the logits as they are after the backward."""
+    output = model(**inputs, use_cache=False)
+    engine = getattr(model, "backward", None)
+    engine(total(output)) if engine else total(output).backward()
+    found = {
+        n: safe_get_full_grad(p) if engine else p.grad for n, p in getattr(model, "module", model).named_parameters()
+    }
+    return found, output.logits.detach() + 0
+
+
+def square(logits):
+    return logits.float().square().mean()
+
+
+def without_graph(output):
+    with torch.no_grad():
+        return output.loss * square(output.logits)
+
+
+TOTALS = {
+    "loss and logits": lambda output: output.loss + square(output.logits),
+    "logits alone": lambda output: square(output.logits),
+    "logits that were read before": lambda output: output.loss + 0 * without_graph(output) + square(output.logits),
+    "logits without a graph": lambda output: output.loss * without_graph(output),
+    "detached logits": lambda output: output.loss * square(output.logits.detach()),
+}
+
+
+def zero3_logits(folder):
+    """Logits can be read after ZeRO-3 has freed the head's weights, and have the gradients that they have without."""
+    inputs = shards(0)
+    for name in ("llama", "llama_tied"):
+        optimised = engine_of(ligerfx.optimize(make(name)), 3)
+        for what, total in TOTALS.items():
+            found, logits = gradients(optimised, inputs[dist.get_rank()], total)
+            expected = [gradients(make(name), each, total) for each in inputs]
+            torch.testing.assert_close(logits, expected[dist.get_rank()][1], rtol=1e-5, atol=1e-5)
+            for n, gradient in found.items():
+                wanted = (expected[0][0][n] + expected[1][0][n]) / 2
+                apart, size = (gradient - wanted).norm().item(), wanted.norm().item()
+                assert apart < 1e-5 * size, (name, what, n, apart, size)
+            optimised.optimizer.zero_grad()
+        assert idioms(optimised.module, "")[-1] == ["linear_cross_entropy"]
+        optimised.eval()
+        with torch.no_grad():
+            output, plain = (m(**inputs[dist.get_rank()], use_cache=False) for m in (optimised, make(name).eval()))
+        torch.testing.assert_close(output.logits + 0, plain.logits, rtol=1e-5, atol=1e-5)
+
+
+def zero3_head_with_a_hook(folder):
+    """A hook of somebody else sees the call of the head that it sees without ligerfx; and a warning says so."""
+    engine, calls = engine_of(ligerfx.optimize(make("llama")), 3), []
+    inputs = shards(0)[dist.get_rank()]
+    assert type(engine(**inputs, use_cache=False).logits) is ligerfx.DeferredTensor
+    hook = engine.module.lm_head.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = engine(**inputs, use_cache=False)
+    assert len(calls) == 1 and type(output.logits) is torch.Tensor and output.logits.shape == calls[0]
+    assert [str(w.message) for w in caught if "and has other hooks than those that gather" in str(w.message)]
+    hook.remove()
+    assert type(engine(**inputs, use_cache=False).logits) is ligerfx.DeferredTensor and len(calls) == 1
 
 
 def zero3_built_in_shards(folder):

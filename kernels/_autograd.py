@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+# Inner parts of torch: where a later one lacks them, every call is left to `apply`.
+_is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
 
 class _WithoutGradient:
     """What a forward is given for a context where no backward will come: it keeps nothing."""
@@ -27,8 +30,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or _is_transforming()
+        or getattr(forward_ad, "_current_level", 0) >= 0
     ):
         return function.apply(*args)
     return function.forward(_WithoutGradient(len(args)), *args)

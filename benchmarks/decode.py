@@ -89,11 +89,11 @@ def main() -> None:
         for cache in arguments.caches.split(","):
             console.print(f"{name}, {cache} cache", style="dim")
             result = measure(name, cache, arguments.device, arguments.tokens, arguments.repeats)
-            results.append({"model": name, "cache": cache} | result)
+            results.append({"model": name, "cache": cache} | result | {"tokens": arguments.tokens})
             base, *others = result["milliseconds"].values()
             table.add_row(name, cache, f"{base:.2f}", *(f"{ms:.2f} ({ms / base:.2f}x)" for ms in others))
             if arguments.json:
-                report = {"environment": environment(), "tokens": arguments.tokens, "results": results}
+                report = {"environment": environment(), "results": results}
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     console.print(table)
 

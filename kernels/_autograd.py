@@ -23,7 +23,7 @@ class _WithoutGradient:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`; without gradients its forward alone, which takes the host about 10 us less.
+    """`function.apply(*args)`; without gradients its forward alone, which takes the host less time.
 
     Whatever else may follow a call (forward-mode derivatives, `torch.func`, compilers) is left to `apply` itself.
     """

@@ -77,7 +77,7 @@ _COUNTS = ("n_rows", "n_tokens", "all_tokens", "col_blocks")
 
 
 class _Kernel:
-    """A compiled-once Triton kernel whose launch costs a third of the host time of Triton's own.
+    """A compiled-once Triton kernel whose launch costs less than half the host time of Triton's own.
 
     Triton looks at each argument anew, in all the generality of its language, to find which compiled variant
     serves the call. Here the arguments are tensors, numbers, None, tuples and descriptors of them, and constants, so a

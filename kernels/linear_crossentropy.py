@@ -201,11 +201,11 @@ def _loss_and_grads(
     if n_rows:
         # Rows start at multiples of 32 bytes: the matrix products and the loss need aligned vectors to be fast.
         row_stride = ceil_div(vocab, 16) * 16
-        # One chunk needs no float32 sum. (In float16, where it has not been divided by n, it could overflow.)
-        wide = need_w and x.dtype != torch.float32 and options["accumulate_in"] == torch.float32
-        sum_bytes = 2 * weight.numel() if wide and x.dtype != torch.float16 else 0
+        in_float32 = options["accumulate_in"] == torch.float32
+        sum_bytes = 2 * weight.numel() if need_w and in_float32 and x.dtype == torch.bfloat16 else 0
         chunk = _chunk_rows(n_rows, row_stride * x.element_size(), options["budget"], sum_bytes)
-        wide = x.dtype == torch.float16 or (wide and chunk < n_rows)
+        # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
+        wide = x.dtype == torch.float16 or (chunk < n_rows and in_float32)
         if need_w:
             dw = WeightGrad(weight, wide)
         fused = need_grad and not need_b and _unnormalised.takes(x[:chunk], weight, bias, options["loss"])

@@ -274,8 +274,8 @@ def backward_tiling(hidden: int, element_bytes: int, device: int) -> tuple[int, 
     element_bytes is the size of an element of all inputs together; device is -1 for the interpreter.
 
     Programs stay and walk over the rows, so that the partial sums of dweight are few. An H100 in bfloat16 comes to
-    these shares of the speed of a copy, the residual's gradient added; beyond 12288 columns there are no registers left
-    for a pipeline, nor for the weight.
+    these shares of the speed of a copy, from 10240 columns on with the residual's gradient; beyond 12288 there are no
+    registers left for a pipeline, nor for the weight.
 
         columns     64  128  256  1024 | 2048  3072  4096  5120 | 8192 10240 12288 | 16384
         share, %    85   71   90    59 |   72    81    84    90 |   91    85    84 |    83

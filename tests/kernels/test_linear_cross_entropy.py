@@ -158,9 +158,6 @@ def test_wide_sum_is_rounded_once(device, factor):
     assert total.parts[1].numel() and torch.equal(total.scaled(torch.tensor(factor, device=device)), expected)
 
 
-add = WeightGrad.add
-
-
 @pytest.mark.parametrize(
     ("budget", "mode", "wide"),
     # The sum would take 2 x 50 x 16 bytes more than its result, and a row of logits takes 128.

@@ -88,11 +88,12 @@ def zero3(folder):
 def gradients(model, inputs, total):
     """Of the total of the output, and the logits as they are after the backward."""
     output = model(**inputs, use_cache=False)
-    engine = getattr(model, "backward", None)
-    engine(total(output)) if engine else total(output).backward()
-    found = {
-        n: safe_get_full_grad(p) if engine else p.grad for n, p in getattr(model, "module", model).named_parameters()
-    }
+    if isinstance(model, deepspeed.DeepSpeedEngine):
+        model.backward(total(output))
+        found = {name: safe_get_full_grad(p) for name, p in model.module.named_parameters()}
+    else:
+        total(output).backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
     return found, output.logits.detach() + 0
 
 

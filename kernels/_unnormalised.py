@@ -24,6 +24,9 @@ from .crossentropy import LOG_2, through_softcap, to_z
 LARGEST = tl.constexpr(2.0**100)
 """sum(e) above which the product is done again. bfloat16 goes on to 2**127: products of e must not overflow either."""
 
+MOST_ROWS = 4096
+"""Of the gradient of x that are in float32 at a time."""
+
 
 @jit
 def _shift_kernel(
@@ -160,7 +163,7 @@ def add_chunk(
     x: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
-    buffer: torch.Tensor,
+    room: list[torch.Tensor],
     losses: torch.Tensor,
     hot: torch.Tensor,
     factor: torch.Tensor | None,
@@ -173,7 +176,8 @@ def add_chunk(
 
     Args:
         x, weight, target: [M, H], [V, H], [M], of which nothing but the target may be anything.
-        buffer: [M, V] of x's dtype, to be written.
+        room: [M, V] of x's dtype, to be written, in parts of columns: all but the last multiples of `COLUMNS`. They may
+            lie in the memory of dw, as `WeightGrad.room` has them.
         losses, hot: [M], float32, to be written: the loss of each row, and the gradient of its label's logit.
         factor: of all gradients, a float32 scalar; None: 1.
         options: as `linear_cross_entropy` hands them on.
@@ -189,6 +193,7 @@ def add_chunk(
     shift, exponent, a = torch.empty(3, n_rows, dtype=torch.float32, device=x.device)
     sums, tops = torch.empty(2, n_sums, n_rows, dtype=torch.float32, device=x.device)
     label = torch.empty(n_rows, dtype=torch.int32, device=x.device)
+    weights = weight.split([part.shape[1] for part in room])
     scaled = None if dw is None else torch.empty(n_rows, hidden, dtype=x.dtype, device=x.device)
     # Whether the product is needed: once, and again. Rows of 16 bytes, as all that kernels are compiled for.
     needed = torch.zeros(3, 4, dtype=torch.int32, device=x.device)
@@ -199,24 +204,32 @@ def add_chunk(
             softcap, 512, num_warps=4,
         )  # fmt: skip
         for turn in range(2):
-            if not _hopper_loss.exponentials(
-                x, weight, scale, softcap, shift, label, needed[turn], buffer, exponent, sums, tops
-            ):  # fmt: skip
-                return False
+            first = 0
+            for part, columns in zip(room, weights, strict=True):
+                stats = slice(first // _hopper_loss.COLUMNS, ceil_div(first + len(columns), _hopper_loss.COLUMNS))
+                if not _hopper_loss.exponentials(
+                    x, columns, scale, softcap, shift, label - first if first else label, needed[turn], part, exponent,
+                    sums[stats], tops[stats],
+                ):  # fmt: skip
+                    return False
+                first += len(columns)
             _row_kernel[(ceil_div(n_rows, 8),)](
                 x, target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
                 losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
                 softcap, factor is not None, 8, 256, 256, num_warps=4,
             )  # fmt: skip
         del sums, tops  # as large as the product below
-        if dx is not None:
-            product = torch.empty(n_rows, hidden, dtype=torch.float32, device=x.device)
-            add_product(product, buffer, weight, overwrite=True)
-            _dx_kernel[(n_rows,)](
-                product, a, hot, label, weight, to, dx, weight.stride(0), hidden, 1024, num_warps=4
+        for start in range(0, n_rows if dx is not None else 0, MOST_ROWS):
+            piece = slice(start, start + MOST_ROWS)
+            product = torch.empty(len(a[piece]), hidden, dtype=torch.float32, device=x.device)
+            for i, (part, columns) in enumerate(zip(room, weights, strict=True)):
+                add_product(product, part[piece], columns, overwrite=i == 0)
+            _dx_kernel[(len(product),)](
+                product, a[piece], hot[piece], label[piece], weight, None if to is None else to[piece],
+                dx[piece] if to is None else dx, weight.stride(0), hidden, 1024, num_warps=4,
             )  # fmt: skip
     if dw is not None:
-        dw.add(buffer.t(), scaled)
+        dw.add(room, scaled)
     return True
 
 

@@ -1,5 +1,7 @@
 """The gradient of a weight, summed over chunks of rows, and its scaling by the incoming gradient."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ._runtime import ceil_div, launch_device, num_sms, tl, triton
@@ -28,8 +30,32 @@ def scale_to(source: torch.Tensor, factor: torch.Tensor, result: torch.Tensor) -
     return result
 
 
+def padded(n_cols: int) -> int:
+    """Numbers from row to row: rows start at multiples of 32 bytes, since products and losses need aligned vectors."""
+    return ceil_div(n_cols, 16) * 16
+
+
+def empty_rows(n_rows: int, n_cols: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(n_rows, padded(n_cols), dtype=like.dtype, device=like.device)[:, :n_cols]
+
+
+WIDTH = 256
+"""Columns of what lies in the result: in multiples of it, as tiles are wide."""
+
+
+def columns_inside(vocab: int, hidden: int, n_rows: int) -> int:
+    """How many columns of [M, V] can lie in the memory of a result [V, H] that is a.T @ b of them, in few steps.
+
+    They lie at its end. Once the product with a part of them is written, before them, their memory is free for the
+    product with the next part. A quarter of the result is left free to begin with: then so many columns are free for
+    each step. They and the columns outside take no more memory than the larger of [M, V] and [V, H], and a quarter of
+    the other. With an eighth there are up to 8 parts, too narrow for the products to be as fast.
+    """
+    return 0 if vocab < 16 * WIDTH else 3 * vocab * min(hidden, n_rows) // (4 * n_rows) // WIDTH * WIDTH
+
+
 class WeightGrad:
-    """The sum of the chunks' products a @ b, [V, H], in float32 or in the weight's own dtype.
+    """The sum of the chunks' products a.T @ b, [V, H], in float32 or in the weight's own dtype.
 
     A float32 sum of a 16-bit result would take three times the result's memory while it is rounded. Here it takes
     twice: about half of its rows lie in the memory of the result, and rounding frees that memory as it goes. It is
@@ -52,13 +78,31 @@ class WeightGrad:
                 inside.view(vocab - outside, hidden),
             ]
 
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        start = 0
-        for part in self.parts:
-            rows = a[start : start + part.shape[0]]
-            start += part.shape[0]
-            if rows.shape[0]:
-                add_product(part, rows, b, overwrite=self.empty)
+    def room(self, n_rows: int) -> list[torch.Tensor]:
+        """Memory for the a [M, V] of the one chunk of a sum that is not wide, in parts of columns; `add` uses it up.
+
+        Most of it is the result's own: see `columns_inside`.
+        """
+        (vocab, hidden), flat = self.result.shape, self.result.view(-1)
+        inside = columns_inside(vocab, hidden, n_rows)
+        parts, start = [], 0
+        while start < inside:
+            # Where the part begins, and what is written of the result when it has been used must end.
+            at = flat.numel() - n_rows * (inside - start)
+            end = min(inside, at // hidden // WIDTH * WIDTH)
+            parts.append(flat[at : at + n_rows * (end - start)].view(n_rows, end - start))
+            start = end
+        return [*parts, empty_rows(n_rows, vocab - inside, self.result)]
+
+    def add(self, a: Sequence[torch.Tensor], b: torch.Tensor) -> None:
+        """Adds a.T @ b, of a [M, V] in parts of columns and b [M, H]. A wide sum takes one part."""
+        if len(a) == 1:
+            totals, a = self.parts, a[0].split([part.shape[0] for part in self.parts], dim=1)
+        else:
+            totals = self.result.split([part.shape[1] for part in a])
+        for total, columns in zip(totals, a, strict=True):
+            if total.shape[0]:
+                add_product(total, columns.t(), b, overwrite=self.empty)
         self.empty = False
 
     def scaled(self, factor: torch.Tensor) -> torch.Tensor:

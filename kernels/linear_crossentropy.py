@@ -11,7 +11,7 @@ from . import _unnormalised
 from ._autograd import apply
 from ._operators import operator
 from ._runtime import PLAIN, autocast_dtype, ceil_div, launch_device, tl, triton, use_triton
-from ._weight_grad import WeightGrad, scale_to
+from ._weight_grad import WeightGrad, columns_inside, empty_rows, padded, scale_to
 from .counted_rows import CountedRows, capturing, rows_that_count
 from .crossentropy import (
     check_loss_options,
@@ -147,16 +147,16 @@ def loss_and_grad_(
         )  # fmt: skip
 
 
-def _chunk_rows(n_rows: int, row_bytes: int, budget: int, sum_bytes: int = 0) -> int:
+def _chunk_rows(n_rows: int, row_bytes: int, budget: int, spared: int = 0) -> int:
     """Rows a chunk: one chunk if the budget allows, else few of about the same size.
 
-    The budget allows one chunk sum_bytes more: what a sum over chunks would take.
+    The budget allows one chunk `spared` bytes more: what it takes less than chunks besides its logits.
 
     Rows in multiples of 512, where there are that many: the gradient of x, [rows, H], has few tiles, each a sum over
     the vocabulary, and most hidden sizes then fill the multiprocessors evenly.
     """
     most = max(1, budget // row_bytes)
-    if n_rows <= most or n_rows * row_bytes <= budget + sum_bytes:
+    if n_rows <= most or n_rows * row_bytes <= budget + spared:
         return n_rows
     tile = next(tile for tile in (512, 128, 1) if tile <= most)
     n_chunks = ceil_div(n_rows, most - most % tile)
@@ -199,18 +199,22 @@ def _loss_and_grads(
     if need_b:
         db = torch.zeros(vocab, dtype=torch.float32, device=x.device)
     if n_rows:
-        # Rows start at multiples of 32 bytes: the matrix products and the loss need aligned vectors to be fast.
-        row_stride = ceil_div(vocab, 16) * 16
         in_float32 = options["accumulate_in"] == torch.float32
-        sum_bytes = 2 * weight.numel() if need_w and in_float32 and x.dtype == torch.bfloat16 else 0
-        chunk = _chunk_rows(n_rows, row_stride * x.element_size(), options["budget"], sum_bytes)
+        fused = need_grad and not need_b and _unnormalised.takes(x[:n_rows], weight, bias, options["loss"])
+        spared = 0  # by one chunk: the sum over chunks, and what lies in the memory of the gradient
+        if need_w and x.dtype == torch.bfloat16:
+            inside = columns_inside(*weight.shape, n_rows) if fused else 0
+            spared = 2 * (weight.numel() * in_float32 + inside * n_rows)
+        chunk = _chunk_rows(n_rows, padded(vocab) * x.element_size(), options["budget"], spared)
+        fused = fused and _unnormalised.takes(x[:chunk], weight, bias, options["loss"])
         # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
         wide = x.dtype == torch.float16 or (chunk < n_rows and in_float32)
         if need_w:
             dw = WeightGrad(weight, wide)
-        fused = need_grad and not need_b and _unnormalised.takes(x[:chunk], weight, bias, options["loss"])
         hot = torch.zeros(n_rows, dtype=torch.float32, device=x.device) if fused else None
-        buffer = torch.empty(chunk, row_stride, dtype=x.dtype, device=x.device)
+        # Of one chunk most lies in the memory of the gradient that is made of it.
+        inside_dw = fused and need_w and chunk == n_rows
+        room = dw.room(n_rows) if inside_dw else [empty_rows(chunk, vocab, x)]
         for start in range(0, n_rows, chunk):
             part = slice(start, start + chunk)
             if kept is None:
@@ -219,12 +223,14 @@ def _loss_and_grads(
             else:
                 x_chunk, target_chunk = x.index_select(0, kept[part]), target.index_select(0, kept[part])
                 dx_chunk, to = dx, kept[part]
-            logits = buffer[: x_chunk.shape[0], :vocab]
+            chunk_room = [columns[: x_chunk.shape[0]] for columns in room]
             if fused and _unnormalised.add_chunk(
-                x_chunk, weight, target_chunk, logits, losses[part], hot[part], factor, options["loss"],
+                x_chunk, weight, target_chunk, chunk_room, losses[part], hot[part], factor, options["loss"],
                 dx_chunk, to, dw,
             ):  # fmt: skip
                 continue
+            # After a failure the ordinary way needs all columns in one.
+            (logits,) = [empty_rows(n_rows, vocab, x)] if inside_dw else chunk_room
             if bias is None:
                 torch.mm(x_chunk, weight.t(), out=logits)
             else:
@@ -235,7 +241,7 @@ def _loss_and_grads(
             elif need_x:
                 dx_chunk.index_copy_(0, to, logits @ weight)
             if need_w:
-                dw.add(logits.t(), x_chunk)
+                dw.add([logits], x_chunk)
             if need_b:
                 db += logits.sum(0, dtype=torch.float32)
         if fused and need_w:
@@ -416,7 +422,9 @@ def linear_cross_entropy(
     If a gradient is wanted it is computed with the loss, chunk by chunk, and the backward only scales it; a
     second backward through the same graph computes it again. With V, H of the weight and M rows of x, the forward
     takes the bytes of the logits, 2 M H for the gradient of x and 4 V H (`accumulate_in=None`: 2 V H) for
-    that of the weight, if all are 16-bit.
+    that of the weight, if all are 16-bit. On H100 and H200 the logits of few rows, about up to 2 H, lie in the memory
+    of the weight's gradient as far as they can: both together take 2 V max(M, H) and a quarter of 2 V min(M, H), in
+    bfloat16 without `bias` and `label_smoothing`.
 
     Args:
         x: [..., H], floating point.
@@ -425,7 +433,7 @@ def linear_cross_entropy(
         bias: [V] or None.
         ignore_index, reduction, label_smoothing, softcap, scale, z_loss: as for `cross_entropy`.
         logits_budget: bytes of logits held at once; one row of logits is held whatever the budget, and all are where
-            that takes no more memory than a float32 sum over chunks, which one chunk does without.
+            that takes no more memory than chunks and a float32 sum over them, which one chunk does without.
         accumulate_in: dtype of the sum of the weight's gradient over chunks: float32, or None for the weight's
             dtype, which halves its memory and rounds it once a chunk. (Always float32 for float16, which could
             overflow.) The matrix products themselves accumulate in float32 either way.

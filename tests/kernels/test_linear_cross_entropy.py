@@ -153,7 +153,7 @@ def test_sum_in_the_weights_dtype(device, poison, options):
 def test_wide_sum_is_rounded_once(device, factor):
     a, b = torch.randn(700, 5, device=device).half(), torch.randn(5, 16, device=device).half()
     total = WeightGrad(torch.empty(700, 16, dtype=torch.float16, device=device), wide=True)
-    total.add(a, b)
+    total.add([a.t()], b)
     expected = (torch.cat(total.parts) * factor).half()
     assert total.parts[1].numel() and torch.equal(total.scaled(torch.tensor(factor, device=device)), expected)
 
@@ -182,13 +182,36 @@ def test_wide_sum_in_the_memory_of_its_result(device, poison, dtype, vocab, hidd
     b = torch.randint(-4, 5, (2, 3, hidden), device=device).to(dtype)
     total = WeightGrad(torch.empty(vocab, hidden, dtype=dtype, device=device), wide=True)
     for i in range(2):
-        total.add(a[i].t(), b[i])
+        total.add([a[i]], b[i])
     result = total.scaled(torch.tensor(0.5, device=device))
     # Small integers, halved: exact in every dtype.
     expected = 0.5 * sum(a[i].float().t() @ b[i].float() for i in range(2))
     assert result.dtype == dtype and torch.equal(result.float(), expected)
     size = sum(t.untyped_storage().nbytes() for t in (total.parts[0], total.result))
     assert size <= (4 + 1 / 16) * vocab * hidden + 4 * 512 * hidden
+
+
+@pytest.mark.parametrize("hidden", [8, 16, 24, 64])
+@pytest.mark.parametrize("n_rows", [1, 8, 16, 17, 40, 300])
+@pytest.mark.parametrize("vocab", [4095, 4096, 5001, 20000])
+def test_factor_in_the_memory_of_the_product(device, poison, vocab, n_rows, hidden):
+    a = torch.randint(-2, 3, (n_rows, vocab), device=device).bfloat16()
+    b = torch.randint(-2, 3, (n_rows, hidden), device=device).bfloat16()
+    total = WeightGrad(torch.empty(vocab, hidden, dtype=torch.bfloat16, device=device), wide=False)
+    room = total.room(n_rows)
+    assert len(room) <= 6 and all(part.stride(0) % 16 == 0 and part.data_ptr() % 16 == 0 for part in room)
+    assert all(part.shape[1] % 256 == 0 for part in room[:-1])
+    for part, columns in zip(room, a.split([part.shape[1] for part in room], dim=1), strict=True):
+        part.copy_(columns)
+    total.add(room, b)
+    # Small integers: float32 has their sums, and both round alike.
+    assert torch.equal(total.scaled(torch.ones((), device=device)), (a.float().t() @ b.float()).bfloat16())
+    taken = sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in room}.values())
+    if vocab >= 4096:
+        inside = total.result.untyped_storage().data_ptr()
+        assert any(part.untyped_storage().data_ptr() == inside for part in room[:-1]) or n_rows > 8 * hidden
+        most, least = max(n_rows, hidden), min(n_rows, hidden)
+        assert taken <= 2 * (vocab * (most + least / 4) + (257 + 16) * n_rows)
 
 
 def test_float16_gradients_do_not_underflow(device, assert_as_accurate):
@@ -388,8 +411,8 @@ def test_chunk_rows():
     assert _chunk_rows(101, row_bytes=200, budget=200 * 100) == 51
     assert _chunk_rows(1000, row_bytes=200, budget=1) == 1
     assert _chunk_rows(10, row_bytes=200, budget=2**30) == 10
-    assert _chunk_rows(1000, row_bytes=200, budget=200 * 700, sum_bytes=200 * 300) == 1000
-    assert _chunk_rows(1000, row_bytes=200, budget=200 * 700, sum_bytes=200 * 299) == 512
+    assert _chunk_rows(1000, row_bytes=200, budget=200 * 700, spared=200 * 300) == 1000
+    assert _chunk_rows(1000, row_bytes=200, budget=200 * 700, spared=200 * 299) == 512
     for vocab in (128256, 151936, 152064):
         assert _chunk_rows(8192, vocab * 2, linear_crossentropy.LOGITS_BUDGET) == 2048
     assert _chunk_rows(2400, 2 * 128256, linear_crossentropy.LOGITS_BUDGET) == 2400

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ligerfx.kernels import _hopper, _hopper_loss, _unnormalised, linear_cross_entropy, linear_cross_entropy_reference
+from ligerfx.kernels import (
+    _hopper,
+    _hopper_loss,
+    _unnormalised,
+    _weight_grad,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -26,7 +33,7 @@ def _exponentials(x, weight, scale, softcap, shift, label, needed, result, expon
     parts = len(z), -1, _hopper_loss.COLUMNS
     sums.copy_(F.pad(e, pad).view(parts).sum(-1).t())
     tops.copy_(F.pad(z, pad, value=float("-inf")).view(parts).amax(-1).t())
-    rows = (label >= 0).nonzero()[:, 0]
+    rows = ((label >= 0) & (label < z.shape[1])).nonzero()[:, 0]
     exponent[rows] = z[rows, label[rows].long()] - shift[rows]
     e[rows, label[rows].long()] = 0.0
     result.copy_(e * (1 - ratio * ratio))
@@ -73,6 +80,11 @@ def _results(function, x, weight, needs=(True, True)):
     return [loss.detach(), *torch.autograd.grad(loss, [t for t in leaves if t.requires_grad])]
 
 
+def _parts(vocab, hidden, rows):
+    """In how many parts the columns of one chunk lie."""
+    return len(_weight_grad.WeightGrad(torch.empty(vocab, hidden, dtype=torch.bfloat16), wide=False).room(rows))
+
+
 def _one(device):
     return [torch.ones((), device=device)]
 
@@ -85,9 +97,30 @@ def _one(device):
 def test_as_accurate_as_eager(device, poison, assert_as_accurate, products, chunks, options, ignored):
     functions = _functions(_target(device, ignored), logits_budget=2 * (VOCAB + 16) * ROWS // chunks, **options)
     assert_as_accurate(*functions, _inputs(device), upstream=_one(device))
-    assert len(products) >= 4 * min(chunks, 2)  # a second backward computes all again
-    assert [need.item() for need in products[::2]] == [1] * (len(products) // 2)
-    assert [need.item() for need in products[1::2]] == [0] * (len(products) // 2)
+    parts = _parts(VOCAB, HIDDEN, round(ROWS * (1 - ignored)) if ignored > 0.1 else ROWS) if chunks == 1 else 1
+    assert len(products) >= 4 * parts * min(chunks, 2)  # a second backward computes all again
+    assert [need.item() for need in products] == ([1] * parts + [0] * parts) * (len(products) // (2 * parts))
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.parametrize("hidden", [HIDDEN, 2 * ROWS + 8])
+def test_in_the_memory_of_the_gradient(device, poison, assert_as_accurate, products, monkeypatch, hidden, ignored):
+    """One chunk lies there as far as it can, and so need not be cut although it is above the budget."""
+    monkeypatch.setattr(_unnormalised, "MOST_ROWS", ROWS // 3)
+    vocab = 8500
+    x = torch.randn(ROWS, hidden, device=device).bfloat16()
+    weight = (torch.randn(vocab, hidden, device=device) * hidden**-0.5).bfloat16()
+    target = torch.randint(vocab, (ROWS,), device=device)
+    target[torch.randperm(ROWS, device=device)[: round(ROWS * ignored)]] = -100
+    rows = round(ROWS * (1 - ignored))
+    inside = _weight_grad.columns_inside(vocab, hidden, rows)
+    parts = _parts(vocab, hidden, rows)
+    assert parts > 1
+    budget = 2 * rows * (vocab + 16 - inside) - 2 * weight.numel()
+    functions = _functions(target, logits_budget=max(1, budget))
+    assert_as_accurate(*functions, [x, weight], upstream=_one(device))
+    assert len(products) == 4 * parts  # two calls, each of two turns
+    assert [need.item() for need in products] == 2 * ([1] * parts + [0] * parts)
 
 
 @pytest.mark.parametrize("label", [0, 7, VOCAB - 1])
@@ -125,7 +158,8 @@ def test_a_loss_near_zero_keeps_its_digits(device, products):
 
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_each_gradient_alone(device, poison, products, ignored):
-    function, inputs = _functions(_target(device, ignored))[0], _inputs(device)
+    function, _ = _functions(_target(device, ignored), logits_budget=2 * VOCAB * ROWS // 3)
+    inputs = _inputs(device)
     loss, dx, dw = _results(function, *inputs)
     assert products
     for needs, expected in (((True, False), dx), ((False, True), dw)):

@@ -30,13 +30,26 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 WITHOUT_MEMORY = frozenset({FakeTensor, FunctionalTensor})  # on which compilers run a model: see _operators.py
 
 
-def use_triton(*tensors: torch.Tensor | None) -> bool:
-    """Whether the Triton kernels can take these tensors (None is skipped); otherwise the reference must.
+SMALL = 2**22
+"""Numbers of a tensor up to which a compiler gets the plain operations.
+
+A pass over them takes a GPU a few microseconds. What counts is the host's time, and an operator of ours costs a
+compiled step several times what a kernel of the compiler's own does.
+"""
+
+
+def use_triton(*tensors: torch.Tensor | None, numbers: int | None = None) -> bool:
+    """Whether the Triton kernels are to take these tensors (None is skipped); otherwise the reference must.
 
     They can if all are plain, non-empty float32/bfloat16/float16 tensors on one device, and that device is a
-    GPU, or the CPU while Triton's interpreter is on.
+    GPU, or the CPU while Triton's interpreter is on. Where a compiler is at work they need not if the work is small.
+
+    Args:
+        numbers: of the largest tensor that the reference makes; default: of the first of these.
     """
     if not HAS_TRITON or (not INTERPRET and tensors[0].is_cpu):
+        return False
+    if torch.compiler.is_compiling() and _is_small(tensors[0].numel() if numbers is None else numbers):
         return False
     device = None
     for tensor in tensors:
@@ -50,6 +63,13 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
         elif tensor.device != device:
             return False
     return device is not None and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
+
+
+def _is_small(numbers: int) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which the compiler has imported
+
+    # A size that varies is not small: nothing is checked of it, so that nothing is compiled again.
+    return statically_known_true(numbers <= SMALL)
 
 
 _WITH_AUTOCAST = frozenset(kind for kind in ("cuda", "cpu", "xpu", "mps") if torch.amp.is_autocast_available(kind))

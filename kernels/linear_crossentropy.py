@@ -472,7 +472,7 @@ def linear_cross_entropy(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    if not use_triton(x, weight, bias) or target.device != x.device:
+    if not use_triton(x, weight, bias, numbers=target.numel() * weight.shape[0]) or target.device != x.device:
         return linear_cross_entropy_reference(
             x,
             weight,

@@ -39,6 +39,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under compilers, too, which else get the plain operations of tensors as small as those of the tests."""
+    monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", 0)
+
+
 @pytest.fixture
 def references(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU tensors the plain PyTorch references run, not the kernels in Triton's interpreter."""

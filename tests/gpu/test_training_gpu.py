@@ -38,9 +38,11 @@ def assert_equal(expected, found):
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-4, atol=2e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("mode, small", [("default", 0), ("reduce-overhead", 0), ("default", 2**22)])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
-def test_inductor(family, mode):
+def test_inductor(monkeypatch, family, mode, small):
+    """With kernels, and with the plain operations that a compiler gets of small tensors."""
+    monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", small)
     model, batches = model_and_batches(family)
     compiled = torch.compile(ligerfx.optimize(model), mode=mode, fullgraph=True)
     for inputs in (*batches, *batches):  # a graph is recorded in the second call and replayed from the third on

@@ -198,3 +198,27 @@ def _operator_calls(device):
 def test_what_operators_say_of_their_results_holds(device):
     for operator, args in _operator_calls(device):
         torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("most, sizes, ours", [(320, "fixed", False), (319, "fixed", True), (320, "vary", True)])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rms_norm_linear", "glu_mlp", "linear_cross_entropy"])
+def test_a_compiler_gets_the_plain_operations_of_small_tensors(device, monkeypatch, name, most, sizes, ours):
+    """Here of 10 x 32 numbers; between the projections of an MLP are 10 x 48, of logits 10 x 50. A size that varies may
+    be large."""
+    torch.compiler.reset()
+    wider = {"glu_mlp": 48 / 32, "linear_cross_entropy": 50 / 32}
+    monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", int(most * wider.get(name, 1)))
+    function, shapes, make = CASES[name]
+    leaves, rest = [_leaf(*shape, device=device) for shape in shapes], make(device) if make else []
+    outputs, grads = _run(function, leaves, rest)
+    called = set()
+
+    def backend(graph_module, inputs):
+        called.update(node.target for node in graph_module.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph_module, inputs)
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=sizes == "vary")
+    found, found_grads = _run(compiled, leaves, rest)
+    for a, b in zip([*outputs, *grads], [*found, *found_grads], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    assert (torch.ops.higher_order.autograd_function_apply in called) == ours

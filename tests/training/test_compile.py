@@ -90,6 +90,17 @@ def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
     assert backend.count("autograd_function_apply") == 5
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_compiler_gets_the_plain_operations_of_a_small_model(device, monkeypatch, family):
+    monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", 2**22)
+    model, inputs = on(device, family)
+    backend = Recorded()
+    compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)
+    assert_equal(losses_and_gradients(model, inputs), losses_and_gradients(compiled, inputs))
+    assert backend.count("rsqrt") == {"llama": 3, "gemma2": 5}[family]
+    assert backend.count("autograd_function_apply") == 0
+
+
 VIEWS = {"_unsafe_view", "alias", "detach", "permute", "split", "t", "transpose", "view"}
 
 

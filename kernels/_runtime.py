@@ -30,7 +30,7 @@ PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 WITHOUT_MEMORY = frozenset({FakeTensor, FunctionalTensor})  # on which compilers run a model: see _operators.py
 
 
-SMALL = 2**22
+SMALL = 2**21
 """Numbers of a tensor up to which a compiler gets the plain operations.
 
 A pass over them takes a GPU a few microseconds. What counts is the host's time, and an operator of ours costs a

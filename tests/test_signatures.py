@@ -17,7 +17,7 @@ FAMILIES = ["llama", "gemma2", "qwen3"]
 def references(monkeypatch):
     """The subject here is dispatch; kernels have tests of their own."""
     for module in {"_runtime", *ligerfx.kernels._MODULE_OF.values()}:
-        monkeypatch.setattr(f"ligerfx.kernels.{module}.use_triton", lambda *tensors: False, raising=False)
+        monkeypatch.setattr(f"ligerfx.kernels.{module}.use_triton", lambda *_, **__: False, raising=False)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

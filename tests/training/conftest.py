@@ -53,9 +53,9 @@ def plain_kernels():
             choose = getattr(module, "use_triton", None)
             if choose is not None:
 
-                def counting(*tensors, name=name, choose=choose):
+                def counting(*tensors, name=name, choose=choose, **options):
                     counts[name] += 1
-                    return torch.cuda.is_available() and choose(*tensors)
+                    return torch.cuda.is_available() and choose(*tensors, **options)
 
                 monkeypatch.setattr(module, "use_triton", counting)
         yield counts

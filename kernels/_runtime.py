@@ -34,7 +34,7 @@ SMALL = 2**21
 """Numbers of a tensor up to which a compiler gets the plain operations.
 
 A pass over them takes a GPU a few microseconds. What counts is the host's time, and an operator of ours costs a
-compiled step several times what a kernel of the compiler's own does.
+compiled step more of it than a kernel of the compiler's own does.
 """
 
 

@@ -38,18 +38,19 @@ compiled step more of it than a kernel of the compiler's own does.
 """
 
 
-def use_triton(*tensors: torch.Tensor | None, numbers: int | None = None) -> bool:
+def use_triton(*tensors: torch.Tensor | None, projection: torch.Tensor | None = None) -> bool:
     """Whether the Triton kernels are to take these tensors (None is skipped); otherwise the reference must.
 
     They can if all are plain, non-empty float32/bfloat16/float16 tensors on one device, and that device is a
     GPU, or the CPU while Triton's interpreter is on. Where a compiler is at work they need not if the work is small.
 
     Args:
-        numbers: of the largest tensor that the reference makes; default: of the first of these.
+        projection: a weight [N, K] whose product with the first tensor [..., K] is the largest tensor that the
+            reference makes; None: it makes none larger than the first.
     """
     if not HAS_TRITON or (not INTERPRET and tensors[0].is_cpu):
         return False
-    if torch.compiler.is_compiling() and _is_small(tensors[0].numel() if numbers is None else numbers):
+    if torch.compiler.is_compiling() and _is_small(tensors[0], projection):
         return False
     device = None
     for tensor in tensors:
@@ -65,9 +66,12 @@ def use_triton(*tensors: torch.Tensor | None, numbers: int | None = None) -> boo
     return device is not None and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
 
 
-def _is_small(numbers: int) -> bool:
+def _is_small(x: torch.Tensor, projection: torch.Tensor | None) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # which the compiler has imported
 
+    numbers = x.numel()
+    if projection is not None:
+        numbers = numbers // max(1, x.shape[-1]) * projection.shape[0]
     # A size that varies is not small: nothing is checked of it, so that nothing is compiled again.
     return statically_known_true(numbers <= SMALL)
 

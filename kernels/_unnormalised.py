@@ -14,6 +14,8 @@ again, which the host need not know.
 At the label e is zero: its gradient, softmax - 1, would lose its digits there. `dx` and `dweight` get it in float32.
 """
 
+import itertools
+
 import torch
 
 from . import _hopper, _hopper_loss
@@ -193,7 +195,8 @@ def add_chunk(
     shift, exponent, a = torch.empty(3, n_rows, dtype=torch.float32, device=x.device)
     sums, tops = torch.empty(2, n_sums, n_rows, dtype=torch.float32, device=x.device)
     label = torch.empty(n_rows, dtype=torch.int32, device=x.device)
-    weights = weight.split([part.shape[1] for part in room])
+    widths = [part.shape[1] for part in room]
+    blocks = [ceil_div(width, _hopper_loss.COLUMNS) for width in widths]
     scaled = None if dw is None else torch.empty(n_rows, hidden, dtype=x.dtype, device=x.device)
     # Whether the product is needed: once, and again. Rows of 16 bytes, as all that kernels are compiled for.
     needed = torch.zeros(3, 4, dtype=torch.int32, device=x.device)
@@ -203,34 +206,49 @@ def add_chunk(
             x, weight, target, shift, label, x.stride(0), weight.stride(0), vocab, hidden, ignore_index, scale,
             softcap, 512, num_warps=4,
         )  # fmt: skip
+        labels = [label, *(label - first for first in itertools.accumulate(widths[:-1]))]  # as columns of each part
         for turn in range(2):
-            first = 0
-            for part, columns in zip(room, weights, strict=True):
-                stats = slice(first // _hopper_loss.COLUMNS, ceil_div(first + len(columns), _hopper_loss.COLUMNS))
-                if not _hopper_loss.exponentials(
-                    x, columns, scale, softcap, shift, label - first if first else label, needed[turn], part, exponent,
-                    sums[stats], tops[stats],
-                ):  # fmt: skip
-                    return False
-                first += len(columns)
+            of_parts = zip(room, weight.split(widths), labels, sums.split(blocks), tops.split(blocks), strict=True)
+            if not all(
+                _hopper_loss.exponentials(
+                    x, columns, scale, softcap, shift, its_label, needed[turn], part, exponent, its_sums, its_tops
+                )
+                for part, columns, its_label, its_sums, its_tops in of_parts
+            ):
+                return False
             _row_kernel[(ceil_div(n_rows, 8),)](
                 x, target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
                 losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
                 softcap, factor is not None, 8, 256, 256, num_warps=4,
             )  # fmt: skip
-        del sums, tops  # as large as the product below
-        for start in range(0, n_rows if dx is not None else 0, MOST_ROWS):
-            piece = slice(start, start + MOST_ROWS)
-            product = torch.empty(len(a[piece]), hidden, dtype=torch.float32, device=x.device)
-            for i, (part, columns) in enumerate(zip(room, weights, strict=True)):
-                add_product(product, part[piece], columns, overwrite=i == 0)
-            _dx_kernel[(len(product),)](
-                product, a[piece], hot[piece], label[piece], weight, None if to is None else to[piece],
-                dx[piece] if to is None else dx, weight.stride(0), hidden, 1024, num_warps=4,
-            )  # fmt: skip
+        del sums, tops, of_parts  # as large as the product below
+        if dx is not None:
+            _write_dx(room, weight, a, hot, label, to, dx)
     if dw is not None:
         dw.add(room, scaled)
     return True
+
+
+def _write_dx(
+    room: list[torch.Tensor],
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    hot: torch.Tensor,
+    label: torch.Tensor,
+    to: torch.Tensor | None,
+    dx: torch.Tensor,
+) -> None:
+    """dx of `add_chunk`, from the exponentials in room; launches on the current device."""
+    hidden, weights = weight.shape[1], weight.split([part.shape[1] for part in room])
+    for start in range(0, a.shape[0], MOST_ROWS):
+        piece = slice(start, start + MOST_ROWS)
+        product = torch.empty(a[piece].shape[0], hidden, dtype=torch.float32, device=a.device)
+        for i, (part, columns) in enumerate(zip(room, weights, strict=True)):
+            add_product(product, part[piece], columns, overwrite=i == 0)
+        _dx_kernel[(product.shape[0],)](
+            product, a[piece], hot[piece], label[piece], weight, None if to is None else to[piece],
+            dx[piece] if to is None else dx, weight.stride(0), hidden, 1024, num_warps=4,
+        )  # fmt: skip
 
 
 def add_labels(dw: WeightGrad, x: torch.Tensor, target: torch.Tensor, hot: torch.Tensor, kept: torch.Tensor | None):

@@ -40,7 +40,7 @@ def empty_rows(n_rows: int, n_cols: int, like: torch.Tensor) -> torch.Tensor:
 
 
 WIDTH = 256
-"""Columns of what lies in the result: in multiples of it, as tiles are wide."""
+"""Of a tile of a product; what is cut along the vocabulary is cut at multiples of it."""
 
 
 def columns_inside(vocab: int, hidden: int, n_rows: int) -> int:
@@ -71,7 +71,7 @@ class WeightGrad:
         self.parts = [self.result]
         if wide and weight.dtype != torch.float32:
             # Some more rows outside the result than in it, for `scaled` to begin with; whole tiles.
-            outside = min(vocab, ceil_div(vocab // 2 + vocab // 128 + 1, 256) * 256)
+            outside = min(vocab, ceil_div(vocab // 2 + vocab // 128 + 1, WIDTH) * WIDTH)
             inside = self.result.view(-1)[: 2 * (vocab - outside) * hidden].view(torch.float32)
             self.parts = [
                 torch.empty(outside, hidden, dtype=torch.float32, device=weight.device),

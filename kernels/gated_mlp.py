@@ -176,11 +176,6 @@ def check_mlp(
     check_linear(op, width, weight, bias)
 
 
-def numbers_between(x: torch.Tensor, weight: torch.Tensor) -> int:
-    """How many a projection [I, H] of x [..., H] makes."""
-    return x.numel() // max(1, x.shape[-1]) * weight.shape[0]
-
-
 def mlp(x, gate_weight, up_weight, weight, bias, activation, recompute):
     """`glu_mlp` by the kernels, for arguments that were checked; of packed weights if up_weight is None."""
     others = [w for w in (up_weight, weight, bias) if w is not None]
@@ -235,7 +230,7 @@ def glu_mlp(
         True
     """
     check_mlp("glu_mlp", x, gate_weight, up_weight, weight, bias, activation)
-    if not use_triton(x, gate_weight, up_weight, weight, bias, numbers=numbers_between(x, gate_weight)):
+    if not use_triton(x, gate_weight, up_weight, weight, bias, projection=gate_weight):
         return mlp_reference(x, gate_weight, up_weight, weight, bias, activation)
     return mlp(x, gate_weight, up_weight, weight, bias, activation, recompute)
 
@@ -272,6 +267,6 @@ def packed_glu_mlp(
         torch.Size([2, 5, 4])
     """
     check_mlp("packed_glu_mlp", x, gate_up_weight, None, weight, bias, activation)
-    if not use_triton(x, gate_up_weight, weight, bias, numbers=numbers_between(x, gate_up_weight)):
+    if not use_triton(x, gate_up_weight, weight, bias, projection=gate_up_weight):
         return mlp_reference(x, gate_up_weight, None, weight, bias, activation)
     return mlp(x, gate_up_weight, None, weight, bias, activation, recompute)

@@ -230,7 +230,7 @@ def _loss_and_grads(
             ):  # fmt: skip
                 continue
             # After a failure the ordinary way needs all columns in one.
-            (logits,) = [empty_rows(n_rows, vocab, x)] if inside_dw else chunk_room
+            logits = empty_rows(n_rows, vocab, x) if inside_dw else chunk_room[0]
             if bias is None:
                 torch.mm(x_chunk, weight.t(), out=logits)
             else:
@@ -472,7 +472,7 @@ def linear_cross_entropy(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    if not use_triton(x, weight, bias, numbers=target.numel() * weight.shape[0]) or target.device != x.device:
+    if not use_triton(x, weight, bias, projection=weight) or target.device != x.device:
         return linear_cross_entropy_reference(
             x,
             weight,

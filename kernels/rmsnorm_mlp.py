@@ -12,7 +12,7 @@ from ._autograd import apply
 from ._linear import no_autocast
 from ._runtime import use_triton
 from .gated_linear import glu_linear_backward
-from .gated_mlp import check_mlp, mlp, mlp_reference, numbers_between, projected_glu
+from .gated_mlp import check_mlp, mlp, mlp_reference, projected_glu
 from .rmsnorm_linear import fuses, layers_backward, stream_of
 
 
@@ -42,6 +42,11 @@ def rms_norm_mlp_reference(
         (torch.Size([2, 5, 4]), True)
     """
     _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation)
+    return _plain(x, residual, norm_weight, gate_weight, up_weight, weight, eps, offset, cast, activation)
+
+
+def _plain(x, residual, norm_weight, gate_weight, up_weight, weight, eps, offset, cast, activation):
+    """`rms_norm_mlp_reference`, for arguments that were checked."""
     y, h = rmsnorm.added_norm(x, residual, norm_weight, eps, offset, cast)
     return mlp_reference(y, gate_weight, up_weight, weight, None, activation), h
 
@@ -143,10 +148,8 @@ def rms_norm_mlp(
         (torch.Size([2, 5, 8]), True)
     """
     _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation)
-    tensors = x, residual, norm_weight, gate_weight, up_weight, weight
-    if not use_triton(*tensors, numbers=numbers_between(x, gate_weight)):
-        y, h = rmsnorm.added_norm(x, residual, norm_weight, eps, offset, cast)
-        return mlp_reference(y, gate_weight, up_weight, weight, None, activation), h
+    if not use_triton(x, residual, norm_weight, gate_weight, up_weight, weight, projection=gate_weight):
+        return _plain(x, residual, norm_weight, gate_weight, up_weight, weight, eps, offset, cast, activation)
     cast_after = cast == "after_weight"
     layers = [(w, None) for w in (gate_weight, up_weight, weight) if w is not None]
     if not fuses(x, residual, norm_weight, cast_after, layers):

@@ -52,12 +52,12 @@ def _shift_kernel(
 
 @jit
 def _row_kernel(
-    x_ptr, target_ptr, label_ptr, shift_ptr, exponent_ptr, sums_ptr, tops_ptr, factor_ptr, needed_ptr, again_ptr,
-    loss_ptr, a_ptr, hot_ptr, scaled_ptr, x_stride, n_rows, n_sums, H, ignore_index, scale, z_loss,
-    SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    target_ptr, label_ptr, shift_ptr, exponent_ptr, sums_ptr, tops_ptr, factor_ptr, needed_ptr, again_ptr,
+    loss_ptr, a_ptr, hot_ptr, n_rows, n_sums, ignore_index, scale, z_loss,
+    SOFTCAP: tl.constexpr, HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Each row's loss, a, and `hot`, the gradient of its label's logit; scaled = a * x. Sets shift and `again` of rows
-    that overflowed."""
+    """Each row's loss, a, and `hot`, the gradient of its label's logit. Sets shift and `again` of rows that
+    overflowed."""
     if tl.load(needed_ptr) != 0:
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         mask = rows < n_rows
@@ -90,13 +90,6 @@ def _row_kernel(
         tl.store(loss_ptr + rows, tl.where(counts, loss + z_loss * lse * lse, 0.0), mask=mask)
         tl.store(a_ptr + rows, a, mask=mask)
         tl.store(hot_ptr + rows, tl.where(counts, hot, 0.0), mask=mask)
-        if scaled_ptr is not None:
-            for start in range(0, H, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                inside = mask[:, None] & (cols < H)[None, :]
-                x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + cols[None, :], mask=inside, other=0.0)
-                scaled = (x.to(tl.float32) * a[:, None]).to(scaled_ptr.dtype.element_ty)
-                tl.store(scaled_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], scaled, mask=inside)
 
 
 @jit
@@ -197,7 +190,6 @@ def add_chunk(
     label = torch.empty(n_rows, dtype=torch.int32, device=x.device)
     widths = [part.shape[1] for part in room]
     blocks = [ceil_div(width, _hopper_loss.COLUMNS) for width in widths]
-    scaled = None if dw is None else torch.empty(n_rows, hidden, dtype=x.dtype, device=x.device)
     # Whether the product is needed: once, and again. Rows of 16 bytes, as all that kernels are compiled for.
     needed = torch.zeros(3, 4, dtype=torch.int32, device=x.device)
     needed[0].fill_(1)
@@ -217,15 +209,15 @@ def add_chunk(
             ):
                 return False
             _row_kernel[(ceil_div(n_rows, 8),)](
-                x, target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
-                losses, a, hot, scaled, x.stride(0), n_rows, n_sums, hidden, ignore_index, scale, z_loss,
-                softcap, factor is not None, 8, 256, 256, num_warps=4,
+                target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
+                losses, a, hot, n_rows, n_sums, ignore_index, scale, z_loss,
+                softcap, factor is not None, 8, 256, num_warps=4,
             )  # fmt: skip
         del sums, tops, of_parts  # as large as the product below
         if dx is not None:
             _write_dx(room, weight, a, hot, label, to, dx)
     if dw is not None:
-        dw.add(room, scaled)
+        dw.add(room, torch.mul(x, a[:, None], out=torch.empty_like(x)))
     return True
 
 
@@ -240,8 +232,10 @@ def _write_dx(
 ) -> None:
     """dx of `add_chunk`, from the exponentials in room; launches on the current device."""
     hidden, weights = weight.shape[1], weight.split([part.shape[1] for part in room])
-    for start in range(0, a.shape[0], MOST_ROWS):
-        piece = slice(start, start + MOST_ROWS)
+    n_rows = a.shape[0]
+    rows = ceil_div(n_rows, ceil_div(n_rows, MOST_ROWS))
+    for start in range(0, n_rows, rows):
+        piece = slice(start, start + rows)
         product = torch.empty(a[piece].shape[0], hidden, dtype=torch.float32, device=a.device)
         for i, (part, columns) in enumerate(zip(room, weights, strict=True)):
             add_product(product, part[piece], columns, overwrite=i == 0)

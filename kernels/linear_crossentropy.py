@@ -173,8 +173,12 @@ def _loss_and_grads(
     need_x: bool,
     need_w: bool,
     need_b: bool,
+    fuse: bool = True,
 ) -> tuple[torch.Tensor, tuple, torch.Tensor | None]:
-    """The loss, the wanted gradients (x's, weight's, bias's), and a factor that they still lack (None: none)."""
+    """The loss, the wanted gradients (x's, weight's, bias's), and a factor that they still lack (None: none).
+
+    fuse: whether products may end in exponentials, where `_unnormalised` takes them.
+    """
     if capturing(x):
         rows = CountedRows(target, rows.ignore_index)
     x = x.reshape(-1, x.shape[-1])
@@ -200,21 +204,19 @@ def _loss_and_grads(
         db = torch.zeros(vocab, dtype=torch.float32, device=x.device)
     if n_rows:
         in_float32 = options["accumulate_in"] == torch.float32
-        fused = need_grad and not need_b and _unnormalised.takes(x[:n_rows], weight, bias, options["loss"])
+        fused = fuse and need_grad and not need_b and _unnormalised.takes(x[:n_rows], weight, bias, options["loss"])
         spared = 0  # by one chunk: the sum over chunks, and what lies in the memory of the gradient
         if need_w and x.dtype == torch.bfloat16:
             inside = columns_inside(*weight.shape, n_rows) if fused else 0
             spared = 2 * (weight.numel() * in_float32 + inside * n_rows)
         chunk = _chunk_rows(n_rows, padded(vocab) * x.element_size(), options["budget"], spared)
-        fused = fused and _unnormalised.takes(x[:chunk], weight, bias, options["loss"])
         # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
         wide = x.dtype == torch.float16 or (chunk < n_rows and in_float32)
         if need_w:
             dw = WeightGrad(weight, wide)
         hot = torch.zeros(n_rows, dtype=torch.float32, device=x.device) if fused else None
         # Of one chunk most lies in the memory of the gradient that is made of it.
-        inside_dw = fused and need_w and chunk == n_rows
-        room = dw.room(n_rows) if inside_dw else [empty_rows(chunk, vocab, x)]
+        room = dw.room(n_rows) if fused and need_w and chunk == n_rows else [empty_rows(chunk, vocab, x)]
         for start in range(0, n_rows, chunk):
             part = slice(start, start + chunk)
             if kept is None:
@@ -224,13 +226,15 @@ def _loss_and_grads(
                 x_chunk, target_chunk = x.index_select(0, kept[part]), target.index_select(0, kept[part])
                 dx_chunk, to = dx, kept[part]
             chunk_room = [columns[: x_chunk.shape[0]] for columns in room]
-            if fused and _unnormalised.add_chunk(
-                x_chunk, weight, target_chunk, chunk_room, losses[part], hot[part], factor, options["loss"],
-                dx_chunk, to, dw,
-            ):  # fmt: skip
-                continue
-            # After a failure the ordinary way needs all columns in one.
-            logits = empty_rows(n_rows, vocab, x) if inside_dw else chunk_room[0]
+            if fused:
+                if _unnormalised.add_chunk(
+                    x_chunk, weight, target_chunk, chunk_room, losses[part], hot[part], factor, options["loss"],
+                    dx_chunk, to, dw,
+                ):  # fmt: skip
+                    continue
+                del room, chunk_room, dx, dx_chunk, dw
+                return _loss_and_grads(x, weight, bias, target, rows, options, need_x, need_w, need_b, fuse=False)
+            (logits,) = chunk_room
             if bias is None:
                 torch.mm(x_chunk, weight.t(), out=logits)
             else:

@@ -1,6 +1,11 @@
 """How people train, with the kernels on a GPU: what tests/training asserts to the bit on the CPU, here within
 rounding, which only a GPU adds."""
 
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from gpu.closeness import assert_close_parameters, pair
@@ -168,14 +173,20 @@ def test_attention(implementation):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5 * a.abs().max().item())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_two_gpus(tmp_path):
-    """DDP and FSDP2 over NCCL: see `_two_gpus.py`, which asserts."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    script = Path(__file__).parent / "_two_gpus.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+def run_processes(script, count):
+    """A script of this folder, which asserts, in a process a GPU."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command = [*launcher, str(Path(__file__).parent / script)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus():
+    """DDP and FSDP2 over NCCL."""
+    run_processes("_two_gpus.py", 2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_deepspeed():
+    run_processes("_deepspeed.py", min(2, torch.cuda.device_count()))

@@ -54,8 +54,7 @@ def _variant(options):
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("width, rotated", [(16, 16), (20, 8), (7, 4)])
-@pytest.mark.parametrize("heads_last", [False, True])
+@pytest.mark.parametrize("width, rotated, heads_last", [(16, 16, False), (20, 8, False), (7, 4, False), (20, 8, True)])
 def test_pairs_and_tables(device, poison, assert_matches, options, width, rotated, heads_last):
     q, k, cos, sin = _inputs(device, width=width, rotated=rotated)
     if options.get("half_tables"):

@@ -89,9 +89,16 @@ def _one(device):
     return [torch.ones((), device=device)]
 
 
-@pytest.mark.parametrize("ignored", [0.0, 0.005, 0.4])
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sum", "scale": 0.7, "z_loss": 0.01}, {"softcap": 2.0, "scale": 1.3}], ids=str
+    ("ignored", "options"),
+    [
+        (0.0, {}),
+        (0.005, {}),
+        (0.4, {}),
+        (0.4, {"reduction": "sum", "scale": 0.7, "z_loss": 0.01}),
+        (0.0, {"softcap": 2.0, "scale": 1.3}),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_as_accurate_as_eager(device, poison, assert_as_accurate, products, chunks, options, ignored):

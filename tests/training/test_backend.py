@@ -40,7 +40,7 @@ def assert_same_step(model, loss_of, inputs):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("family, norms", [("llama", 3), ("gemma", 3), ("gemma2", 5), ("qwen3", 5)])
+@pytest.mark.parametrize("family, norms", [("gemma", 3), ("gemma2", 5), ("qwen3", 5)])
 def test_a_step_whose_loss_alone_is_returned(family, norms):
     model = make(family, num_hidden_layers=1)
     assert_same_step(model, compiled(lambda **inputs: model(**inputs).loss), default_batch(model))

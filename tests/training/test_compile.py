@@ -112,10 +112,9 @@ def passes_over_memory(graph_module, elements):
     return [name for name in names if name != "mm" and name not in VIEWS]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_compiled_step_passes_over_no_memory_in_vain(device, family):
+def test_a_compiled_step_passes_over_no_memory_in_vain(device):
     """Two layers, each of which ends in an addition, and the embedding."""
-    model = make(family, dtype=torch.bfloat16).to(device)
+    model = make("qwen3", dtype=torch.bfloat16).to(device)
     ids = default_batch(model)["input_ids"].to(device)
     found = []
 
@@ -241,13 +240,12 @@ def test_without_gradients_nothing_is_looked_up_inside_the_model(references):
     assert not [name for name in programs if "layers" in name]
 
 
-@pytest.mark.parametrize(("labels", "backend"), [("all", "eager"), ("some", "aot_eager")])
-def test_other_sizes_and_padding(references, labels, backend):
+def test_other_sizes_and_padding(references):
     model = make("llama", num_hidden_layers=1)
-    compiled = torch.compile(ligerfx.optimize(model), backend=backend)
-    for sizes in ((3, 11), (2, 13), (4, 9)):
+    compiled = torch.compile(ligerfx.optimize(model), backend="aot_eager")
+    for *sizes, every_label in ((3, 11, True), (2, 13, False), (4, 9, False)):
         inputs = batch(model, *sizes, padding="left")
-        if labels == "some":
+        if not every_label:
             inputs["labels"] = inputs["labels"].where(inputs["labels"] % 2 == 0, -100)
         found, expected = compiled(**inputs), model(**inputs)
         torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
@@ -275,9 +273,7 @@ def test_masks_are_built_where_they_are_needed(references):
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     assert masked(llama, 6, position_ids=packed) == [True]
     gemma = make("gemma3")  # a layer with a sliding window, and one without
-    window = gemma.config.sliding_window
-    assert masked(gemma, window - 1) == [False, False]
-    assert sorted(masked(gemma, window + 1)) == [False, True]
+    assert sorted(masked(gemma, gemma.config.sliding_window + 1)) == [False, True]
 
 
 def test_a_compiled_decoding_step_writes_to_the_cache_once(references):

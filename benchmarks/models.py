@@ -21,6 +21,15 @@ class Workload(NamedTuple):
     attention: str = "sdpa"
 
 
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 8192,
+}
+
 WORKLOADS = {
     "llama-1b": Workload(  # Llama-3.2-1B
         "llama",
@@ -86,20 +95,9 @@ WORKLOADS = {
         },
         attention="eager",  # there is no other in transformers for scores with a soft cap
     ),
-    "small-host": Workload(  # so little work that the host is the limit
-        "llama",
-        batch=1,
-        seq=128,
-        config={
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 8,
-            "vocab_size": 8192,
-        },
-        steps=50,
-    ),
+    # So little work that the host is the limit.
+    "small-host": Workload("llama", batch=1, seq=128, config=SMALL, steps=50),
+    "small-host-qwen3": Workload("qwen3", batch=1, seq=128, config={**SMALL, "head_dim": 64}, steps=50),
     "tiny": Workload(  # to try this script out, also without a GPU
         "llama",
         batch=2,

@@ -69,12 +69,9 @@ def check_training(stage, tied):
     assert expected[-1] != expected[0]
     wanted = parameters(original.module)
     for name, p in parameters(optimised.module).items():
+        # Adam's first steps are the signs of the gradients, of those near zero, too.
         way, apart = (wanted[name] - start[name]).norm().item(), (wanted[name] - p).norm().item()
-        assert apart < 1e-2 * way, (
-            name,
-            apart,
-            way,
-        )  # Adam's first steps are the signs of the gradients, near zero too
+        assert apart < 1e-2 * way, (name, apart, way)
 
 
 def check_memory(stage):

@@ -1,5 +1,6 @@
 """The loss whose product ends in exponentials: that product runs on H100 or H200, and is a stand-in elsewhere."""
 
+import itertools
 import math
 
 import pytest
@@ -207,13 +208,17 @@ def test_what_is_not_taken(device, products):
     assert not products
 
 
-def test_a_failure_goes_the_ordinary_way(device, products, monkeypatch):
-    function, inputs = _functions(_target(device, 0.3))[0], _inputs(device)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_failure_goes_the_ordinary_way(device, products, monkeypatch, before):
+    """From the start, whatever has been computed before."""
+    function, inputs = _functions(_target(device, 0.3), logits_budget=2 * VOCAB * ROWS // 3)[0], _inputs(device)
+    calls, product = itertools.count(), _hopper_loss.exponentials
     monkeypatch.setattr(_hopper, "takes", lambda *_: False)
     expected = _results(function, *inputs)
     monkeypatch.setattr(_hopper, "takes", lambda *_: True)
-    monkeypatch.setattr(_hopper_loss, "exponentials", lambda *_: False)
+    monkeypatch.setattr(_hopper_loss, "exponentials", lambda *args: next(calls) < before and product(*args))
     assert all(torch.equal(a, b) for a, b in zip(_results(function, *inputs), expected, strict=True))
+    assert next(calls) == before + 1  # no other is tried
 
 
 @on_hopper

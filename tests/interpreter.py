@@ -39,3 +39,36 @@ def quicken() -> None:
     # For each operation, a table of all types is made.
     look_up, pointer = functools.cache(interpreter._get_np_dtype), interpreter.np.dtype("uint64")
     interpreter._get_np_dtype = lambda type: pointer if type.scalar.is_ptr() else look_up(type.scalar)
+
+    _share_shapes(triton.language.core, triton.language.semantic.TritonSemantic)
+
+
+def _share_shapes(core, semantic) -> None:
+    """Each operation makes types and tensors, and for each a shape out of many objects. Make equal ones once."""
+    of_types, of_tensors = {}, {}  # the latter by the identity of those of types, which are kept
+    make_type, make_tensor, broadcast = core.block_type.__init__, core.tensor.__init__, semantic.broadcast_impl_value
+
+    def block_type(self, element_ty, shape):
+        sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+        if sizes not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[sizes] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element_ty
+        self.shape, self.numel, shown = of_types[sizes]
+        self.name = f"<{shown}, {element_ty}>"
+
+    def tensor(self, handle, type):
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in of_tensors:
+            make_tensor(self, handle, type)
+            of_tensors[id(shape)] = self.shape, self.numel, shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel, _ = of_tensors[id(shape)]
+
+    def broadcast_impl_value(self, lhs, rhs):
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    semantic.broadcast_impl_value = broadcast_impl_value

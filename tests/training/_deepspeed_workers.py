@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from _workers import main, shards
 from deepspeed.utils import safe_get_full_grad
+from training.zero import idioms, parameters
 
 import ligerfx
 from models import make
@@ -47,21 +48,10 @@ def run(engine):
     return losses, parameters(engine.module), output
 
 
-def parameters(module):
-    found = dict(module.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(found.values())):
-        return {name: p.detach().clone() for name, p in found.items()}
-
-
 def assert_equal(a, b):
     assert a[0] == b[0], (a[0], b[0])
     assert len(set(a[0])) == len(a[0]), "the parameters did not change"
     assert all(torch.equal(a[1][name], value) for name, value in b[1].items())
-
-
-def idioms(module, path):
-    programs = module.get_submodule(path)._ligerfx_programs.values()
-    return [sorted(i for match in p.matches for i in match.pattern.idioms) for known in programs for p in known]
 
 
 def zero2(folder):

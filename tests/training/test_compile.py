@@ -112,9 +112,10 @@ def passes_over_memory(graph_module, elements):
     return [name for name in names if name != "mm" and name not in VIEWS]
 
 
-def test_a_compiled_step_passes_over_no_memory_in_vain(device):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_compiled_step_passes_over_no_memory_in_vain(device, family):
     """Two layers, each of which ends in an addition, and the embedding."""
-    model = make("qwen3", dtype=torch.bfloat16).to(device)
+    model = make(family, dtype=torch.bfloat16).to(device)
     ids = default_batch(model)["input_ids"].to(device)
     found = []
 
@@ -273,7 +274,9 @@ def test_masks_are_built_where_they_are_needed(references):
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     assert masked(llama, 6, position_ids=packed) == [True]
     gemma = make("gemma3")  # a layer with a sliding window, and one without
-    assert sorted(masked(gemma, gemma.config.sliding_window + 1)) == [False, True]
+    window = gemma.config.sliding_window
+    assert masked(gemma, window - 1) == [False, False]
+    assert sorted(masked(gemma, window + 1)) == [False, True]
 
 
 def test_a_compiled_decoding_step_writes_to_the_cache_once(references):

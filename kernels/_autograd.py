@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ._ahead import rehearsal, rehearse
+
 # Inner parts of torch: where a later one lacks them, every call is left to `apply`.
 _is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -27,6 +29,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     Whatever else may follow a call (forward-mode derivatives, `torch.func`, compilers) is left to `apply` itself.
     """
+    if rehearsal.active:
+        return rehearse(function, *args)
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()

@@ -10,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from ._ahead import rehearsal
+
 try:
     import triton
     import triton.language as tl
@@ -112,6 +114,7 @@ class _Kernel:
         self.kernel = language.jit(function, do_not_specialize=_COUNTS)
         self.is_constant = [parameter.is_constexpr for parameter in self.kernel.params]
         self.launchers: dict[tuple[type, ...], Callable] = {}
+        self.compiled_ahead: list[Any] = []  # perhaps still being compiled
         functools.update_wrapper(self, function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
@@ -120,6 +123,9 @@ class _Kernel:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, num_warps: int) -> None:
+        if rehearsal.active:
+            self.compiled_ahead.append(self.kernel.warmup(*args, grid=grid, num_warps=num_warps))
+            return
         runtime = triton.knobs.runtime
         if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
             self.kernel[grid](*args, num_warps=num_warps)
@@ -127,11 +133,19 @@ class _Kernel:
         types = tuple(map(type, args))
         launcher = self.launchers.get(types)
         if launcher is None:
-            launcher = self.launchers[types] = _launcher(self.kernel, types, self.is_constant)
+            launcher = self.launchers[types] = _launcher(self, types)
         launcher(grid, torch.cuda.current_device(), num_warps, *args)
 
+    def launch_first(self, grid: tuple[int, ...], *args: Any, num_warps: int) -> Any:
+        """Launches by way of Triton, which compiles what has not been, and gives the compiled variant."""
+        while self.compiled_ahead:
+            variant = self.compiled_ahead.pop()
+            if hasattr(variant, "result"):
+                variant.result(ignore_errors=True)  # the launch meets the error again
+        return self.kernel[grid](*args, num_warps=num_warps)
 
-def _launcher(kernel: Any, types: tuple[type, ...], is_constant: list[bool]) -> Callable:
+
+def _launcher(kernel: _Kernel, types: tuple[type, ...]) -> Callable:
     """A function of (grid, device, num_warps, *args) that launches the kernel with arguments of these types.
 
     It is written out for them. Tensors are handed on as addresses: their alignment has been asked for already, and
@@ -139,7 +153,7 @@ def _launcher(kernel: Any, types: tuple[type, ...], is_constant: list[bool]) -> 
     """
     names = [f"a{i}" for i in range(len(types))]
     handed, reads, kinds = list(names), [], []
-    for i, (name, kind, constant) in enumerate(zip(names, types, is_constant, strict=True)):
+    for i, (name, kind, constant) in enumerate(zip(names, types, kernel.is_constant, strict=True)):
         if constant:
             kinds.append(name)
         elif kind in PLAIN:
@@ -156,7 +170,7 @@ def launch(grid, device, num_warps, {", ".join(names)}):
     key = (device, num_warps, {", ".join(kinds)})
     variant = variants.get(key)
     if variant is None:
-        variants[key] = kernel[grid]({", ".join(names)}, num_warps=num_warps)
+        variants[key] = launch_first(grid, {", ".join(names)}, num_warps=num_warps)
         return
     x, y, z = (*grid, 1, 1)[:3]
     variant.run(
@@ -164,7 +178,7 @@ def launch(grid, device, num_warps, {", ".join(names)}):
     )
 """
     stream_of = torch._C._cuda_getCurrentRawStream
-    space = {"kernel": kernel, "variants": {}, "kind_of": _kind, "stream_of": stream_of}
+    space = {"launch_first": kernel.launch_first, "variants": {}, "kind_of": _kind, "stream_of": stream_of}
     exec(compile(code, f"<ligerfx launch of {kernel.__name__}>", "exec"), space)
     return space["launch"]
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ._runtime import ceil_div, launch_device, num_sms, tl, triton
+from ._runtime import ceil_div, jit, launch_device, num_sms, tl
 
 
-@triton.jit
+@jit
 def _scale_kernel(source_ptr, result_ptr, factor_ptr, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     # In place, the gradient of a loss that is not scaled costs a launch and no pass over memory.

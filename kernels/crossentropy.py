@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ._autograd import apply
 from ._operators import operator
-from ._runtime import as_rows, launch_device, tanh, tl, triton, use_triton
+from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
 
 
 def cross_entropy_reference(
@@ -199,7 +199,7 @@ def write_row_zeros(grad_ptr, V, BLOCK: tl.constexpr):
         tl.store(grad_ptr + cols, tl.zeros([BLOCK], dtype=grad_ptr.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit
+@jit
 def _fwd_kernel(
     logits_ptr,
     target_ptr,
@@ -232,7 +232,7 @@ def _fwd_kernel(
         tl.store(total_ptr + row, total)
 
 
-@triton.jit
+@jit
 def _bwd_kernel(
     logits_ptr,
     target_ptr,
@@ -284,7 +284,9 @@ def _statistics(rows, target, *options):
     results = _statistics_results(rows, target, *options)
     n_rows, vocab = rows.shape
     with launch_device(rows):
-        _fwd_kernel[(n_rows,)](rows, target, *results, rows.stride(0), vocab, *options, **_tuning(vocab))
+        _fwd_kernel[(n_rows,)](
+            rows, target, *results, rows.stride(0), vocab, *options, *_blocking(vocab), num_warps=4
+        )  # fmt: skip
     return results
 
 
@@ -303,7 +305,7 @@ def _gradient(rows, target, largest, total, factor, *options):
     n_rows, vocab = rows.shape
     with launch_device(rows):
         _bwd_kernel[(n_rows,)](
-            rows, target, largest, total, factor, grad, rows.stride(0), vocab, *options, **_tuning(vocab)
+            rows, target, largest, total, factor, grad, rows.stride(0), vocab, *options, *_blocking(vocab), num_warps=4
         )  # fmt: skip
     return grad
 
@@ -328,12 +330,12 @@ class _CrossEntropy(torch.autograd.Function):
         return grad.view(logits.shape), None, None, None, None, None, None, None
 
 
-def _tuning(vocab: int) -> dict[str, int]:
-    """4096 logits at a time on 4 warps, three loads ahead: the rows on a multiprocessor hide each other's latency.
+def _blocking(vocab: int) -> tuple[int, int]:
+    """4096 logits at a time (on 4 warps), three loads ahead: the rows on a multiprocessor hide each other's latency.
 
     Measured on 4096 rows of 128256 bfloat16 logits on an H100: 92% of a copy's bandwidth forward, 94% backward.
     """
-    return {"BLOCK": min(4096, max(128, triton.next_power_of_2(vocab))), "STAGES": 3, "num_warps": 4}
+    return min(4096, max(128, triton.next_power_of_2(vocab))), 3
 
 
 def check_loss_options(

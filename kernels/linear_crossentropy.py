@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from . import _unnormalised
 from ._autograd import apply
 from ._operators import operator
-from ._runtime import PLAIN, autocast_dtype, ceil_div, launch_device, tl, triton, use_triton
+from ._runtime import PLAIN, autocast_dtype, ceil_div, jit, launch_device, tl, triton, use_triton
 from ._weight_grad import WeightGrad, columns_inside, empty_rows, padded, scale_to
 from .counted_rows import CountedRows, capturing, rows_that_count
 from .crossentropy import (
@@ -70,7 +70,7 @@ def linear_cross_entropy_reference(
     )
 
 
-@triton.jit
+@jit
 def _loss_grad_kernel(
     logits_ptr,
     target_ptr,

@@ -54,10 +54,13 @@ def norm_rope_reference(
         True
     """
     _check(q, k, q_weight, k_weight, cos, sin, cast)
-    q, k = (
-        rms_norm_reference(x, weight, eps, offset=offset, cast=cast) for x, weight in ((q, q_weight), (k, k_weight))
-    )
-    return rope_reference(q, k, cos, sin)
+    normed = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        # In the order of its memory, where a model normalises it: a compiler fuses more of that.
+        lies_as_tokens = x.transpose(1, 2).is_contiguous()
+        y = rms_norm_reference(x.transpose(1, 2) if lies_as_tokens else x, weight, eps, offset=offset, cast=cast)
+        normed.append(y.transpose(1, 2) if lies_as_tokens else y)
+    return rope_reference(*normed, cos, sin)
 
 
 class Tiling(NamedTuple):

@@ -21,6 +21,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .capture import Capture, Lends, Read, StandsFor, structure
+from .compile_ahead import compile_ahead
 from .cost import Cost, cost
 from .deferred import deferred_logits, settled_if_sharded
 from .dissolve import Borders, borders, dissolved, scopes, straddled
@@ -65,6 +66,7 @@ class Program:
     conditions: list[str] = field(default_factory=list)  # of the guard, on the inputs
     checks: list[StandsFor | Read] = field(default_factory=list)  # of the guard, on the modules
     entries: dict[tuple, Callable | None] = field(default_factory=dict)  # by kind of call
+    rehearsed: set[tuple] = field(default_factory=set)  # which leaves needed a gradient
 
     def __post_init__(self) -> None:
         self.defers_logits = any(node.target is deferred_logits for node in self.capture.graph.nodes)
@@ -307,6 +309,10 @@ def optimized_class(cls: type) -> type:
         if program is None:
             return cls.forward(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
+            needs_grad = torch.is_grad_enabled(), *(getattr(leaf, "requires_grad", False) for leaf in leaves)
+            if needs_grad not in program.rehearsed:
+                program.rehearsed.add(needs_grad)
+                compile_ahead(program.capture, self, leaves)
             _remember(self, program, cls.forward, args, kwargs)
         elif not torch.is_grad_enabled() and not program.defers_logits:
             return cls.forward(self, *args, **kwargs)

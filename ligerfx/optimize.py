@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .capture import Capture, structure
 from .clone import clone_tree
+from .compile_ahead import prepare
 from .errors import OptimizeError
 from .inputs import normalized_inputs
 from .module import (
@@ -93,7 +94,9 @@ def optimize(
     if max_rewrites is not None and max_rewrites < 0:
         raise OptimizeError(f"max_rewrites must not be negative, got {max_rewrites}")
     args, kwargs = normalized_inputs(model, example_inputs)
-    searched = patterns_for(patterns, defaults, low_memory, _device(args, kwargs))
+    device = _device(args, kwargs)
+    prepare(device)
+    searched = patterns_for(patterns, defaults, low_memory, device)
     session, replaced = Session(searched, Verifier().refuse if verify else None), _replaced(model)
     with _collector_paused():
         result = _optimized(model, args, kwargs, session, replaced, max_rewrites)

@@ -78,6 +78,9 @@ class _Sizes(ShapeEnv):
             SizeNode.of(size.node)
         return size
 
+    def _get_user_frame(self) -> None:
+        """Whose line asks for a size or a guard: nobody reads it here, and to find it torch imports its exporter."""
+
     def _guess(self, size: sympy.Basic) -> sympy.Basic:
         """A size, or what is asked about it, with a number for each size that the data tell."""
         known = self.backed_var_to_val

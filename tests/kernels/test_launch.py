@@ -1,22 +1,23 @@
 """Which variant of a kernel a launch takes, without a GPU: what Triton would compile anew has one of its own."""
 
+import threading
 import types
 
 import pytest
 import torch
 
 from ligerfx.kernels import _runtime
-
-CONSTANT = (False, False, False, True)
+from ligerfx.kernels._ahead import rehearsal
 
 
 class Kernel:
     """Stands for a Triton kernel: notes how often it compiles, and what its variants are launched with."""
 
     __name__ = "stub"
+    params = [types.SimpleNamespace(is_constexpr=constant) for constant in (False, False, False, True)]
 
     def __init__(self):
-        self.compiled, self.launched = [], []
+        self.compiled, self.launched, self.ahead = [], [], []
 
     def __getitem__(self, grid):
         def compile(*args, num_warps):
@@ -27,17 +28,20 @@ class Kernel:
 
         return compile
 
+    def warmup(self, *args, grid, num_warps):
+        self.ahead.append((grid, args, num_warps))
+        return types.SimpleNamespace(result=lambda ignore_errors: self.ahead.append("waited for"))
+
 
 @pytest.fixture
 def launch(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
-    kernel, launchers = Kernel(), {}
+    kernel = Kernel()
+    launched = _runtime._Kernel(lambda: None, types.SimpleNamespace(jit=lambda function, **_: kernel))
 
     def launch(*args, grid=(3, 2), device=0, num_warps=4):
-        kinds = tuple(map(type, args))
-        if kinds not in launchers:
-            launchers[kinds] = _runtime._launcher(kernel, kinds, CONSTANT)
-        launchers[kinds](grid, device, num_warps, *args)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+        launched[grid](*args, num_warps=num_warps)
         return len(kernel.compiled)
 
     launch.kernel = kernel
@@ -92,3 +96,25 @@ def test_warps_and_devices(launch):
     assert launch(x, None, 5, "c", num_warps=8) == 2
     assert launch(x, None, 5, "c", device=1) == 3
     assert launch(x, None, 5, "c", grid=(1,)) == 3
+
+
+def test_a_rehearsal_compiles_and_the_first_launch_waits_for_it(launch, monkeypatch):
+    x, kernel = torch.zeros(8), launch.kernel
+    monkeypatch.setattr(rehearsal, "active", True)
+    launch(x, None, 5, "c")
+    assert kernel.ahead == [((3, 2), (x, None, 5, "c"), 4)]
+    assert not kernel.compiled and not kernel.launched
+    monkeypatch.setattr(rehearsal, "active", False)
+    launch(x, None, 5, "c")
+    assert kernel.ahead[1:] == ["waited for"]
+    assert kernel.compiled == [((3, 2), (x, None, 5, "c"), 4)]
+    launch(x, None, 5, "c")
+    assert len(kernel.ahead) == 2 and len(kernel.launched) == 1
+
+
+def test_a_rehearsal_is_of_its_thread(launch, monkeypatch):
+    monkeypatch.setattr(rehearsal, "active", True)
+    other = threading.Thread(target=launch, args=(torch.zeros(8), None, 5, "c"))
+    other.start()
+    other.join()
+    assert not launch.kernel.ahead and len(launch.kernel.compiled) == 1

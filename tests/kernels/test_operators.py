@@ -5,8 +5,10 @@ from unittest import mock
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from ligerfx.kernels import (
+    _runtime,
     add_rms_norm,
     clamped_glu,
     cross_entropy,
@@ -24,6 +26,7 @@ from ligerfx.kernels import (
     rope,
     rows_that_count,
 )
+from ligerfx.kernels._ahead import rehearsal
 
 
 def _leaf(*shape, dtype=torch.float32, device="cpu"):
@@ -107,6 +110,51 @@ def test_compiled(device, name, dynamic):
     found, found_grads = _run(compiled, leaves, rest)
     for a, b in zip([*outputs, *grads], [*found, *found_grads], strict=True):
         torch.testing.assert_close(b, a, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that are launched, each with what Triton compiles it for: kinds of arguments, and constants."""
+    found = []
+
+    def note(name, args):
+        found.append((name, *((a.dtype if isinstance(a, torch.Tensor) else type(a)) for a in args)))
+
+    if _runtime.INTERPRET:
+        kind, method = InterpretedFunction, "run"
+        noted = lambda self, *args, grid, warmup, **options: note(self.fn.__name__, args)  # noqa: E731
+    else:
+        kind, method = _runtime._Kernel, "_launch"
+        noted = lambda self, grid, *args, **options: note(self.__name__, args)  # noqa: E731
+    original = getattr(kind, method)
+
+    def run(self, *args, **options):
+        noted(self, *args, **options)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(kind, method, run)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rehearsed(device, name, launched, monkeypatch):
+    """A call in a rehearsal launches, and so compiles, what the call and its backward do; nothing gets a gradient."""
+    function, shapes, make = CASES[name]
+    leaves, rest = [_leaf(*shape, device=device) for shape in shapes], make(device) if make else []
+    outputs, _ = _run(function, leaves, rest)
+    wanted = set(launched)
+    assert wanted
+    launched.clear()
+    monkeypatch.setattr(rehearsal, "active", True)
+    found = function(*leaves, *rest)
+    assert wanted <= set(launched)
+    found = [found] if isinstance(found, torch.Tensor) else found
+    assert [(f.shape, f.dtype, f.stride()) for f in found] == [(o.shape, o.dtype, o.stride()) for o in outputs]
+    assert all(leaf.grad is None for leaf in leaves)
+    launched.clear()
+    with torch.no_grad():
+        function(*leaves, *rest)
+    assert set(launched) < wanted or len(wanted) == 1
 
 
 def test_float16_gradients_of_the_loss_stay_above_its_subnormals(device):

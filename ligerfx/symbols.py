@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -78,8 +80,9 @@ class _Sizes(ShapeEnv):
             SizeNode.of(size.node)
         return size
 
-    def _get_user_frame(self) -> None:
+    def _get_user_frame(self) -> FrameType:
         """Whose line asks for a size or a guard: nobody reads it here, and to find it torch imports its exporter."""
+        return sys._getframe()
 
     def _guess(self, size: sympy.Basic) -> sympy.Basic:
         """A size, or what is asked about it, with a number for each size that the data tell."""

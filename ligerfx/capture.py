@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from .constants import PLAIN
+from .constants import PLAIN, literal
 from .names import Name
 from .sharded import (
     gathers_nothing,
@@ -39,6 +39,9 @@ GLOBAL_HOOKS = (
 )
 
 _MISSING = object()
+
+_HIDDEN = frozenset(dir(torch.fx.GraphModule)) | {"itself"}
+"""Attributes that an optimised module has, whatever is stored under their names."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,6 +70,18 @@ class Read:
     def holds(self, module: nn.Module) -> bool:
         return self.same(submodule(module, self.path))
 
+    def code(self, module: str, constant: Callable[[Any], str]) -> str:
+        """`same` as Python code, of which `constant` gives that of an object. In each call compiled code checks all
+        that it reads, but no literals."""
+        value = f"getattr({module}, {self.name!r})"
+        if type(self) is Read and self.name not in _HIDDEN:
+            if self._by_value:
+                return f"{constant(is_value)}({value}, {literal(self.value, constant)})"
+            if type(self.state) is dict:
+                known = ", ".join(f"{literal(k, constant)}: {literal(v, constant)}" for k, v in self.state.items())
+                return f"{constant(has_content)}({value}, {constant(type(self.value))}, {{{known}}})"
+        return f"{constant(self.same)}({module})"
+
     def same(self, module: nn.Module) -> bool:
         """Whether `module` still has the attribute as it was read."""
         if self.name in module.__dict__:
@@ -74,11 +89,11 @@ class Read:
         else:
             value = getattr(type(module), self.name, _MISSING)
         if self.state is not None:
-            return type(value) is type(self.value) and _equal(_content(value), self.state)
+            return has_content(value, type(self.value), self.state)
+        if self._by_value:
+            return is_value(value, self.value)
         if value is self.value:
             return True
-        if self._by_value:
-            return type(value) is type(self.value) and _equal(value, self.value)
         if isinstance(self.value, TracedInt):
             return type(value) is int and (not self.value.used or value == plain(self.value))
         if isinstance(value, types.MethodType) and isinstance(self.value, types.MethodType):
@@ -140,7 +155,12 @@ class StandsFor:
 
     def same(self, module: nn.Module) -> bool:
         """Whether calling `module` still runs that code."""
-        return stands_for(module, self.cls, self.parameters, self.methods)
+        return stands_for(module, exactly(self.cls), self.parameters, self.methods)
+
+    def code(self, module: str, constant: Callable[[Any], str]) -> str:
+        """The same as Python code, of which `constant` gives that of an object."""
+        known = f"{constant(exactly(self.cls))}, {self.parameters!r}, {self.methods!r}"
+        return f"{constant(stands_for)}({module}, {known})"
 
 
 @dataclasses.dataclass(eq=False)
@@ -194,6 +214,16 @@ def tensor_of(module: nn.Module, path: str) -> Any:
     return getattr(submodule(module, owner), name)
 
 
+def is_value(value: Any, known: Any) -> bool:
+    """Whether a value is the known constant."""
+    return value is known or (type(value) is type(known) and _equal(value, known))
+
+
+def has_content(value: Any, cls: type, known: Any) -> bool:
+    """Whether an object of this class holds what was known of it, by its `snapshot`."""
+    return type(value) is cls and _equal(_content(value), known)
+
+
 def snapshot(value: Any) -> Any:
     """A shallow copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
     configuration-like object. None for a value that cannot, or whose change is seen elsewhere."""
@@ -222,16 +252,35 @@ def works_in_place(name: str, kwargs: dict[str, Any]) -> bool:
     return by_name or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
+class _Exactly(type):
+    """Classes whose instances are the modules of one class, optimised or not, and of none of its subclasses.
+
+    In each call compiled code checks of what type a module is, which is enough for `isinstance`. What `type` gives, it
+    would check once more, and that it is the same for all modules of that class.
+    """
+
+    cls: type
+
+    def __instancecheck__(self, module: Any) -> bool:
+        kind = type(module)
+        return kind is self.cls or getattr(kind, "_original_class", kind) is self.cls
+
+
+@functools.cache
+def exactly(cls: type) -> type:
+    return _Exactly(cls.__name__, (), {"cls": cls})
+
+
 def stands_for(module: nn.Module, cls: type, parameters: tuple[str, ...], methods: tuple[str, ...] = ()) -> bool:
-    """Whether calling `module` is running the forward of `cls` on these parameters, and nothing else.
+    """Whether calling `module` is running the forward of a class on these parameters, and nothing else. `cls` is
+    `exactly` that class.
 
     No attribute of the module's own may hide one of `methods`, which forward could call.
     """
-    kind = type(module)
-    if (kind is not cls and getattr(kind, "_original_class", kind) is not cls) or not runs_its_forward(module):
+    if not isinstance(module, cls) or not runs_its_forward(module):
         return False
     state = module.__dict__
-    table = state["_parameters"]
+    table = module._parameters
     present = 0
     for value in table.values():
         if value is not None:
@@ -264,14 +313,15 @@ def present_parameters(module: nn.Module) -> tuple[str, ...]:
 
 def runs_its_forward(module: nn.Module) -> bool:
     """Whether calling the module is running the forward of its class."""
-    return "forward" not in module.__dict__ and not has_hooks(module)
+    # What is read, compiled code checks again, and not what was looked for in vain.
+    return "forward" not in module.__dict__ and module.forward is not None and not has_hooks(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more, or other, than the forward of its class."""
     return bool(
         (has_own_hooks(module) and not gathers_nothing(module))
-        or "_ligerfx_edited" in module.__dict__
+        or (isinstance(module, torch.fx.GraphModule) and getattr(module, "_ligerfx_edited", False))
         or _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
@@ -280,12 +330,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    state = module.__dict__
+    # As attributes, not through `__dict__`: torch.compile knows them, and checks them where it is told to.
     return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -1,5 +1,9 @@
 """Python constants."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 PLAIN = (
@@ -7,3 +11,9 @@ PLAIN = (
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 """Types of Python constants: they may stand in a graph as they are, and compare by value."""
+
+
+def literal(value: Any, constant: Callable[[Any], str]) -> str:
+    """The Python code of a value; where it is no literal, what `constant` gives for it."""
+    is_literal = type(value) in (str, bool, int, type(None)) or (type(value) is float and math.isfinite(value))
+    return repr(value) if is_literal else constant(value)

@@ -72,20 +72,29 @@ def guard_of(
 ) -> Callable[[nn.Module, list], bool]:
     """A function of (module, leaves) that says whether a capture serves a call with the same key, by its
     `size_conditions`, its `module_checks`, and the global names that the Python code of the model read."""
-    names: dict[str, Any] = {f"same{number}": check.same for number, check in enumerate(checks)}
-    names |= {"hold": hold, "globals_read": tuple(globals_read)}
-    modules = [f"same{number}({_module(check.path)})" for number, check in enumerate(checks)]
+    names: dict[str, Any] = {}
+    known: dict[int, str] = {}
+
+    def constant(value: Any) -> str:
+        if id(value) not in known:
+            known[id(value)] = name = f"c{len(known)}"
+            names[name] = value
+        return known[id(value)]
+
+    modules = [check.code(_module(check.path), constant) for check in checks]
     if globals_read:
-        modules.append("hold(globals_read)")
-    holds = eval(f"lambda m, x: {' and '.join(conditions + modules) or True}", names)
-
-    def guard(module: nn.Module, leaves: list) -> bool:
-        try:
-            return holds(module, leaves)
-        except (AttributeError, KeyError):  # a module inside is gone
-            return False
-
-    return guard
+        traced = " and ".join(name.code(constant) for name in globals_read)
+        others = f"{constant(hold)}({constant(tuple(globals_read))})"
+        modules.append(f"({traced} if {constant(torch.compiler.is_compiling)}() else {others})")
+    code = f"""
+def guard(m, x):
+    try:
+        return {" and ".join(conditions + modules) or True}
+    except (AttributeError, KeyError):  # a module inside is gone
+        return False
+"""
+    exec(compile(code, "<ligerfx guard>", "exec"), names)
+    return names["guard"]
 
 
 def _module(path: str) -> str:

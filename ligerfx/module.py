@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +53,8 @@ MAX_ENTRIES = 4
 
 @dataclass(eq=False)
 class Program:
-    """A rewritten capture, ready to run. `function` is None where the original forward is as good."""
+    """A rewritten capture, ready to run. `function`, of (module, leaves), is None where the original forward is as
+    good."""
 
     capture: Capture
     guard: Callable[[nn.Module, list], bool]
@@ -67,13 +70,18 @@ class Program:
     checks: list[StandsFor | Read] = field(default_factory=list)  # of the guard, on the modules
     entries: dict[tuple, Callable | None] = field(default_factory=dict)  # by kind of call
     rehearsed: set[tuple] = field(default_factory=set)  # which leaves needed a gradient
+    number: int = field(default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
         self.defers_logits = any(node.target is deferred_logits for node in self.capture.graph.nodes)
+        _by_number[self.number] = self
 
     def __deepcopy__(self, memo: dict) -> Program:
         return self  # immutable; holds nothing of the module that it runs on
 
+
+_by_number: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
+"""All programs that there are. torch.compile takes a number for a constant, and a program not."""
 
 ROUNDABOUT = 4
 """By how many operations a model may spell an idiom longer than its pattern does, and still be seen to go on in another
@@ -137,7 +145,7 @@ class Session:
         guard = guard_of(conditions, checks, list(capture.names.values()))
         before, costs = listing(capture.graph), [cost(match) for match in matches]
         changed = rewrite(capture.graph, matches)
-        function, code = compile_graph(capture.graph)
+        function, code = function_of(capture, capture.graph)
         chosen = frozenset(chosen)
         return Program(
             capture, guard, matches, near, function, code, chosen, changed, before, costs, conditions, checks
@@ -184,6 +192,7 @@ class OptimizedModule(GraphModule):
     `from_pretrained` does, makes a module of the original class."""
 
     _original_class: type
+    _ligerfx_edited = False  # whether its caller must call it
     _lineno_map = None  # where torch.compile looks for the nodes behind the lines of a GraphModule's code
 
     def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
@@ -222,17 +231,18 @@ class OptimizedModule(GraphModule):
             old = self._ligerfx_program
             new = Program(old.capture, old.guard, old.matches, old.near_misses, dissolved=old.dissolved)
             new.before, new.costs = old.before, old.costs
-            new.function, new.code = compile_graph(self.graph)
+            new.function, new.code = function_of(old.capture, self.graph)
             self.__dict__["_ligerfx_program"] = new
             self.__dict__["_ligerfx_entries"] = ()
-            self.__dict__["_ligerfx_edited"] = True  # its caller must call it
-            for programs in self._ligerfx_programs.values():
-                programs[:] = [new if p is old else p for p in programs]
+            self.__dict__["_ligerfx_edited"] = True
+            programs = [new if p is old else p for p in self._ligerfx_programs.values()]
+            self._ligerfx_programs.clear()
+            self._ligerfx_programs.update({p.number: p for p in programs})
         return self.graph.python_code("self")
 
     def only_returns_deferred_logits(self) -> bool:
         """Whether graphs of this module's forward defer logits, and use none of them but as an output."""
-        graphs = [program.capture.graph for programs in self._ligerfx_programs.values() for program in programs]
+        graphs = [program.capture.graph for program in self._ligerfx_programs.values()]
         deferred = [n for graph in graphs for n in graph.nodes if n.target is deferred_logits]
         return bool(deferred) and all(map(_is_only_returned, deferred))
 
@@ -300,32 +310,19 @@ def optimized_class(cls: type) -> type:
             from .compiled import learn  # imports the compiler, which `import ligerfx` must not
 
             learn()
+            function, leaves = find_function(self, args, kwargs)
         else:
             for entry in self.__dict__["_ligerfx_entries"]:
                 out = entry(self, args, kwargs)
                 if out is not MISS:
                     return out
-        program, leaves = find_program(self, args, kwargs)
-        if program is None:
-            return cls.forward(self, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            needs_grad = torch.is_grad_enabled(), *(getattr(leaf, "requires_grad", False) for leaf in leaves)
-            if needs_grad not in program.rehearsed:
-                program.rehearsed.add(needs_grad)
-                compile_ahead(program.capture, self, leaves)
-            _remember(self, program, cls.forward, args, kwargs)
-        elif not torch.is_grad_enabled() and not program.defers_logits:
-            return cls.forward(self, *args, **kwargs)
-        if program.function is None:
-            return cls.forward(self, *args, **kwargs)
-        capture = program.capture
-        given = [leaves[i] for i in capture.leaves]
-        if capture.grad_enabled is None:
-            out = program.function(self, *given)
-        else:
-            with torch.set_grad_enabled(capture.grad_enabled):
-                out = program.function(self, *given)
-        return settled_if_sharded(self, out) if program.defers_logits else out
+            program, leaves = find_program(self, args, kwargs)
+            function = None
+            if program is not None:
+                function = program.function
+                _compile_ahead(program, self, leaves)
+                _remember(self, program, cls.forward, args, kwargs)
+        return cls.forward(self, *args, **kwargs) if function is None else function(self, leaves)
 
     body = {
         "forward": forward,
@@ -341,7 +338,7 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
     """Gives a fresh optimised module its first program."""
     module.__dict__["_ligerfx_session"] = session
     module.__dict__["_ligerfx_program"] = program
-    module.__dict__["_ligerfx_programs"] = {program.capture.key: [program]} if program.function else {}
+    module.__dict__["_ligerfx_programs"] = {program.number: program} if program.function else {}
     module.__dict__["_ligerfx_entries"] = ()
     module.__dict__["_ligerfx_defers_logits"] = program.defers_logits
 
@@ -350,17 +347,10 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     """The program that serves this call, learnt now if need be; None for the original forward."""
     key, leaves = call_key(args, kwargs)
     programs = module._ligerfx_programs
-    known = programs.get(key)
-    if known is not None:
-        for program in known:
-            if program.guard(module, leaves):
-                return program, leaves
-    if torch.compiler.is_compiling():  # which cannot stop to capture anything: it sees the original forward
-        from .compiled import warn_of_unknown_call
-
-        warn_of_unknown_call(type(module).__name__)
-        return None, leaves
-    if sum(map(len, programs.values())) >= MAX_SIGNATURES:
+    for program in list(programs.values()):  # another thread may learn one
+        if program.capture.key == key and program.guard(module, leaves):
+            return program, leaves
+    if len(programs) >= MAX_SIGNATURES:
         _warn_once(
             module,
             f"{type(module).__name__} was called in more than {MAX_SIGNATURES} ways (dtypes, kinds of arguments, "
@@ -370,7 +360,7 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     session = module._ligerfx_session
     with session.lock:
         program = session.program_for(module, key, leaves, args, kwargs)
-    programs.setdefault(key, []).append(program)
+    programs[program.number] = program
     if program.defers_logits:
         module.__dict__["_ligerfx_defers_logits"] = True
     warn_of_full_logits(module, program)
@@ -378,9 +368,46 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     return (program if program.guard(module, leaves) else None), leaves
 
 
+def find_function(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Callable | None, list]:
+    """For torch.compile: the function of the program that serves this call; None for the original forward.
+
+    In each call compiled code checks all that was looked at here: of programs, which never change, only their numbers
+    and functions."""
+    key, leaves = call_key(args, kwargs)
+    programs = module._ligerfx_programs
+    for number, runs in _candidates(tuple(programs), key, torch.is_grad_enabled()):
+        program = programs[number]
+        if program.guard(module, leaves):
+            return program.function if runs else None, leaves
+    from .compiled import warn_of_unknown_call
+
+    warn_of_unknown_call(type(module).__name__)  # the compiler cannot stop to capture anything
+    return None, leaves
+
+
+def _candidates(numbers: tuple[int, ...], key: tuple, grad_enabled: bool) -> list[tuple[int, bool]]:
+    """Which of these programs may serve a call, and whether a compiler is to get what was rewritten."""
+    return [
+        (program.number, program.function is not None and (grad_enabled or program.defers_logits))
+        for program in map(_by_number.__getitem__, numbers)
+        if program.capture.key == key
+    ]
+
+
+_candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see names._holds_now
+
+
+def _compile_ahead(program: Program, module: OptimizedModule, leaves: list) -> None:
+    """Before a program runs first, and where other inputs need a gradient."""
+    needs_grad = torch.is_grad_enabled(), *(getattr(leaf, "requires_grad", False) for leaf in leaves)
+    if needs_grad not in program.rehearsed:
+        program.rehearsed.add(needs_grad)
+        compile_ahead(program.capture, module, leaves)
+
+
 def _remember(module: OptimizedModule, program: Program, forward: Callable, args: tuple, kwargs: dict) -> None:
     """Lets the next call like this one take the short way."""
-    if "_ligerfx_edited" in module.__dict__:
+    if module._ligerfx_edited:
         return
     kind = structure(module), call_key(args, kwargs)[0], len(args)
     if kind not in program.entries:
@@ -451,6 +478,19 @@ def compile_graph(graph: Graph) -> tuple[Callable, str]:
     namespace = dict(source.globals)
     exec(compile(source.src, "<ligerfx graph>", "exec"), namespace)
     return namespace["forward"], source.src
+
+
+def function_of(capture: Capture, graph: Graph) -> tuple[Callable, str]:
+    """A function of (module, leaves) that runs `graph` for calls such as the captured one, and the graph's source."""
+    run, code = compile_graph(graph)
+    body = [f"out = run({', '.join(['m', *(f'x[{index}]' for index in capture.leaves)])})"]
+    if capture.grad_enabled is not None:
+        body = [f"with set_grad_enabled({capture.grad_enabled}):", f"    {body[0]}"]
+    deferred = any(node.target is deferred_logits for node in graph.nodes)
+    body.append("return settled_if_sharded(m, out)" if deferred else "return out")
+    names = {"run": run, "set_grad_enabled": torch.set_grad_enabled, "settled_if_sharded": settled_if_sharded}
+    exec(compile("\n    ".join(["def function(m, x):", *body]), "<ligerfx function>", "exec"), names)
+    return names["function"], code
 
 
 def _rebuild(cls: type, state: dict[str, Any], patterns: list[tuple], verify: bool) -> OptimizedModule:

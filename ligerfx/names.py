@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .constants import PLAIN
+from .constants import PLAIN, literal
 
 _LIBRARIES = {"torch", "ligerfx", "numpy", "transformers", "accelerate", "peft"} | sys.stdlib_module_names
 _MODELS = "transformers.models."
@@ -81,13 +81,13 @@ class Name:
             return all(now.get(key, _ABSENT) is value for key, value in self.state.items())
         return now == self.state
 
-    def holds_for_compiler(self) -> bool:
-        """The same, as torch.compile can trace it: what it compiles asks again, at least for numbers and functions of
-        files and classes."""
+    def code(self, constant: Callable[[Any], str]) -> str:
+        """The same as Python code that torch.compile can trace: what it compiles asks again, at least for numbers and
+        functions of files and classes. `constant` gives the code of an object."""
         if not self._compilers:
-            return _holds_now(self.number)
-        value = getattr(self.space, self.name, None)
-        return value == self.value if self._is_plain else value is self.value
+            return f"{constant(_holds_now)}({self.number})"
+        now = f"getattr({constant(self.space)}, {self.name!r}, None)"
+        return f"{now} == {literal(self.value, constant)}" if self._is_plain else f"{now} is {constant(self.value)}"
 
     def short_check(self, owner: str, constant: Callable[[Any], str]) -> str:
         """Python code that says whether the name holds, where `owner` is its owner; it may say no, or fail, where
@@ -102,7 +102,7 @@ class Name:
 
 def hold(names: tuple[Name, ...]) -> bool:
     """Whether all names stand for what they stood for."""
-    return all(map(Name.holds_for_compiler if torch.compiler.is_compiling() else Name.holds, names))
+    return all(map(Name.holds, names))
 
 
 def _holds_now(number: int) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 from .capture import (
     Alias,
     Read,
+    exactly,
     has_hooks,
     has_own_hooks,
     join,
@@ -117,7 +118,7 @@ def owns_nothing(module: nn.Module) -> bool:
 
 def exposes_parameters(module: nn.Module) -> bool:
     """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
-    return stands_for(module, nn.Linear, present_parameters(module))
+    return stands_for(module, exactly(nn.Linear), present_parameters(module))
 
 
 class ShadowTree:

@@ -127,7 +127,7 @@ def assert_same(model, optimised, *inputs):
 def programs(optimised):
     """How many programs each optimised module holds."""
     modules = [(name, m) for name, m in optimised.named_modules() if isinstance(m, OptimizedModule)]
-    return {name: sum(map(len, m._ligerfx_programs.values())) for name, m in modules}
+    return {name: len(m._ligerfx_programs) for name, m in modules}
 
 
 def is_fused(layer):
@@ -251,8 +251,7 @@ def test_copies(pair, copied):
     other = copied(optimised)
     assert_same(model, other, states())
     for layer in other.layers:
-        (programs_of_layer,) = layer._ligerfx_programs.values()
-        assert [p.dissolved for p in programs_of_layer] == [{"norm1", "attn", "norm2", "mlp"}]
+        assert [p.dissolved for p in layer._ligerfx_programs.values()] == [{"norm1", "attn", "norm2", "mlp"}]
     with torch.no_grad():
         other.layers[0].mlp.gate.weight.zero_()
     assert_same(model, optimised, states())

@@ -37,9 +37,7 @@ def pair(captured):
 def programs(optimised):
     """How many calls each rewritten module has a graph for."""
     return [
-        sum(map(len, module._ligerfx_programs.values()))
-        for module in optimised.modules()
-        if isinstance(module, ligerfx.OptimizedModule)
+        len(module._ligerfx_programs) for module in optimised.modules() if isinstance(module, ligerfx.OptimizedModule)
     ]
 
 
@@ -154,7 +152,7 @@ def test_training_with_a_cache_stays_fused(pair):
     model, optimised = pair
     assert_same(model, optimised, {**batch(model, 2, 9), "use_cache": True})
     for layer in optimised.model.layers:
-        used = [program for known in layer._ligerfx_programs.values() for program in known]
+        used = layer._ligerfx_programs.values()
         idioms = [{idiom for match in program.matches for idiom in match.pattern.idioms} for program in used]
         assert idioms and all(found == {"rms_norm", "rope", "glu"} for found in idioms)
 

@@ -55,7 +55,7 @@ def with_a_last_unit(model):
 
 def assert_fused(model):
     """The loss of what was called is computed without logits."""
-    programs = [program for programs in model._ligerfx_programs.values() for program in programs]
+    programs = model._ligerfx_programs.values()
     assert programs and all("linear_cross_entropy" in m.pattern.idioms for p in programs for m in p.matches)
     assert all(program.matches for program in programs)
 

@@ -136,7 +136,7 @@ def assert_rewritten(model):
     layers = [m for m in model.modules() if isinstance(m, LlamaDecoderLayer)]
     assert len(layers) == 2 and all(isinstance(layer, ligerfx.OptimizedModule) for layer in layers)
     for layer in layers:
-        for program in sum(layer._ligerfx_programs.values(), []):
+        for program in layer._ligerfx_programs.values():
             assert {idiom for match in program.matches for idiom in match.pattern.idioms} == {"rms_norm", "rope", "glu"}
             dissolved = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
             assert program.dissolved == dissolved, (program.dissolved, [m.pattern.name for m in program.matches])
@@ -221,7 +221,7 @@ def fsdp2_mixed_precision(folder):
         losses = train(model, accumulate=2, accumulating=functools.partial(last_alone, model), fused=fused)
         outcomes.append((losses, whole(model)))
         if fused:  # a layer has been freed again when the next one comes: its program is still found
-            first, second = (sum(layer._ligerfx_programs.values(), []) for layer in model.model.layers)
+            first, second = (list(layer._ligerfx_programs.values()) for layer in model.model.layers)
             assert first == second and len(first) == 2  # that of `optimize`, and that in bfloat16
     (losses, parameters), (expected_losses, expected) = outcomes
     assert losses == expected_losses, (losses, expected_losses)
@@ -340,7 +340,7 @@ def fsdp2_with_a_last_unit_that_reshards(folder):
     assert_rewritten(model)
     said = [str(w.message) for w in caught if "lm_head" in str(w.message)]
     assert len(said) == 1 and "unit of FSDP of its own" in said[0], said
-    (program,) = [p for p in sum(model._ligerfx_programs.values(), []) if not p.defers_logits]
+    (program,) = [p for p in model._ligerfx_programs.values() if not p.defers_logits]
     assert [match.pattern.idioms for match in program.matches] == [("cross_entropy",)], program.matches
 
 

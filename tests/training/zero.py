@@ -12,4 +12,4 @@ def parameters(module):
 def idioms(module, path):
     """Of each program of the module at `path`."""
     programs = module.get_submodule(path)._ligerfx_programs.values()
-    return [sorted(i for match in p.matches for i in match.pattern.idioms) for known in programs for p in known]
+    return [sorted(i for match in p.matches for i in match.pattern.idioms) for p in programs]

@@ -3,6 +3,7 @@
     python -m benchmarks.train --model llama-1b --json out.json
     python -m benchmarks.train --model small-host --variants eager,liger,ligerfx
     python -m benchmarks.train --model llama-1b --rounds 1 --profile liger,ligerfx --json out.json
+    python -m benchmarks.train --model qwen3-0.6b --batch 1 --variants ligerfx,compile,ligerfx-compile
 
 Weights are random and bf16, attention is SDPA (eager for Gemma-2), labels are given and no attention mask is. Every
 measurement is a process of its own, and the results are written after each. Variants alternate, `--rounds` times over,
@@ -120,10 +121,15 @@ def between(start: Any, end: Any) -> float:
     return (end - start) * 1000 if isinstance(start, float) else start.elapsed_time(end)
 
 
+def workload_of(arguments: argparse.Namespace) -> Workload:
+    workload = WORKLOADS[arguments.model]
+    return workload._replace(batch=arguments.batch) if arguments.batch else workload
+
+
 def work(arguments: argparse.Namespace) -> None:
     """The process of one measurement."""
     try:
-        workload = WORKLOADS[arguments.model]
+        workload = workload_of(arguments)
         workers.answer(measure(arguments.worker, workload, arguments.steps, arguments.details, bool(arguments.profile)))
     except Exception as error:
         workers.answer({"error": workers.reason(error)})
@@ -211,7 +217,7 @@ class Run:
 
     def __init__(self, console: Console, names: list[str], profiled: list[str], arguments: argparse.Namespace):
         self.console, self.names, self.profiled, self.arguments = console, names, profiled, arguments
-        self.workload = WORKLOADS[arguments.model]
+        self.workload = workload_of(arguments)
         self.environment = environment()
         self.start = time.monotonic()
         self.rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -229,7 +235,7 @@ class Run:
             return {"error": "time limit"}
         self.console.print(f"{spent:.0f} s: round {number + 1}: {name}", style="dim")
         options = ["--worker", name, "--model", self.arguments.model]
-        options += ["--steps", str(self.arguments.steps or self.workload.steps)]
+        options += ["--steps", str(self.arguments.steps or self.workload.steps), "--batch", str(self.workload.batch)]
         if number == 0:
             options += ["--details"]
             options += ["--profile", name] if name in self.profiled else []
@@ -255,6 +261,7 @@ def main() -> None:
     parser.add_argument("--model", choices=WORKLOADS, default="llama-1b")
     parser.add_argument("--variants", default="eager,liger,ligerfx,compile", help=f"of {','.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, help="sequences in a step; default: those of the model's workload")
     parser.add_argument("--steps", type=int, help="timed steps a round; default: 8, or 50 where steps are short")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--profile", default="", metavar="VARIANTS", help="these also by kernel; comma-separated")

@@ -53,8 +53,8 @@ def kernel_calls(capture: Capture, module: nn.Module, leaves: list) -> Iterator[
     """The calls of kernels in a graph, in their order, with tensors like those that they will get."""
     stand_ins = _StandIns(capture, module, leaves)
     for node in capture.graph.nodes:
-        ours = getattr(node.target, "__module__", "").startswith(_KERNELS)
-        if "pattern" in node.meta and ours:
+        home = getattr(node.target, "__module__", None) or ""
+        if "pattern" in node.meta and home.startswith(_KERNELS):
             with contextlib.suppress(CaptureError, torch.OutOfMemoryError):
                 yield node.target, stand_ins.like(node.args), stand_ins.like(node.kwargs)
 

@@ -727,3 +727,19 @@ def test_inputs_and_activations_are_not_kept_alive():
     del x, y
     gc.collect()
     assert [r() for r in refs] == [None, None]
+
+
+class NamedAsInFx(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.graph, self.code = nn.RMSNorm(16), 2, 3.0
+
+    def forward(self, x):
+        return self.norm(x) * self.graph * self.code
+
+
+def test_attributes_may_be_called_like_those_of_a_graph_module(references):
+    model, x = NamedAsInFx(), torch.randn(2, 16)
+    optimised = ligerfx.optimize(model, (x,))
+    assert torch.equal(optimised(x), model(x))
+    assert torch.equal(torch.compile(optimised, backend="eager")(x), model(x))

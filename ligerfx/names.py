@@ -81,9 +81,17 @@ class Name:
             return all(now.get(key, _ABSENT) is value for key, value in self.state.items())
         return now == self.state
 
+    def holds_for_compiler(self) -> bool:
+        """The same, as torch.compile can trace it: what it compiles asks again, at least for numbers and functions of
+        files and classes."""
+        if not self._compilers:
+            return _holds_now(self.number)
+        value = getattr(self.space, self.name, None)
+        return value == self.value if self._is_plain else value is self.value
+
     def code(self, constant: Callable[[Any], str]) -> str:
-        """The same as Python code that torch.compile can trace: what it compiles asks again, at least for numbers and
-        functions of files and classes. `constant` gives the code of an object."""
+        """`holds_for_compiler` as Python code, with literals, which compiled code need not check. `constant` gives the
+        code of an object."""
         if not self._compilers:
             return f"{constant(_holds_now)}({self.number})"
         now = f"getattr({constant(self.space)}, {self.name!r}, None)"
@@ -102,7 +110,7 @@ class Name:
 
 def hold(names: tuple[Name, ...]) -> bool:
     """Whether all names stand for what they stood for."""
-    return all(map(Name.holds, names))
+    return all(map(Name.holds_for_compiler if torch.compiler.is_compiling() else Name.holds, names))
 
 
 def _holds_now(number: int) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 import ligerfx
 from ligerfx import OptimizedModule
+from ligerfx.names import hold
 from models import batch, make
 
 pytestmark = pytest.mark.usefixtures("references")
@@ -252,6 +253,18 @@ def test_what_was_compiled_with_a_global_name_is_compiled_anew(monkeypatch):
     torch.testing.assert_close(compiled(x), model(x))
     monkeypatch.setitem(globals(), "SCALE", 5.0)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_names_are_looked_up_again_where_the_short_way_is_compiled_by_itself(monkeypatch):
+    """That of a forward on which the compiler has given up, which then compiles what it calls."""
+    gm = optimised_and_used(reads(lambda self, x: x * SCALE))
+    names = tuple(gm._ligerfx_program.capture.names.values())
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x if hold(names) else -x, backend="eager", fullgraph=True)
+    x = torch.ones(2)
+    for scale, sign in ((SCALE, 1), (5.0, -1), (7.0, -1), (SCALE, 1)):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        assert compiled(x).tolist() == [sign, sign]
 
 
 # -- modules and parameters with several names ----------------------------------------------------------------

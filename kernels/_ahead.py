@@ -84,33 +84,3 @@ def rehearsing() -> Iterator[None]:
         rehearsal.active = False
         active_mode.reset(before)
         threads.shutdown(wait=False)
-
-
-class _Context:
-    """What the forward and the backward of an operation are given for a context in a rehearsal."""
-
-    def __init__(self, args: tuple) -> None:
-        enabled = torch.is_grad_enabled()
-        self.needs_input_grad = tuple(enabled and isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-        self.saved_tensors: tuple = ()
-        self.without_gradient: tuple = ()
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        self.saved_tensors = tensors
-
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-    def mark_non_differentiable(self, *outputs: torch.Tensor) -> None:
-        self.without_gradient = outputs
-
-
-def rehearse(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """The forward of an operation, and its backward if an argument requires a gradient."""
-    context = _Context(args)
-    with torch.no_grad():
-        results = function.forward(context, *args)
-        outputs = results if isinstance(results, tuple) else (results,)
-        if any(context.needs_input_grad):
-            marked = {id(output) for output in context.without_gradient}
-            function.backward(context, *(None if id(o) in marked else torch.empty_like(o) for o in outputs))
-    return results

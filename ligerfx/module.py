@@ -73,7 +73,7 @@ class Program:
     number: int = field(default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
-        self.defers_logits = any(node.target is deferred_logits for node in self.capture.graph.nodes)
+        self.defers_logits = _defers_logits(self.capture.graph)
         _by_number[self.number] = self
 
     def __deepcopy__(self, memo: dict) -> Program:
@@ -431,6 +431,10 @@ def _fuses_more(program: Program, other: Program) -> bool:
     return other.function is None or not called.isdisjoint(absorbed)
 
 
+def _defers_logits(graph: Graph) -> bool:
+    return any(node.target is deferred_logits for node in graph.nodes)
+
+
 def _is_only_returned(node: Node) -> bool:
     """Whether nothing happens to a node's value but that it is returned, perhaps in an object of some class."""
     return all(u.op == "output" or (isinstance(u.target, type) and _is_only_returned(u)) for u in node.users)
@@ -486,8 +490,7 @@ def function_of(capture: Capture, graph: Graph) -> tuple[Callable, str]:
     body = [f"out = run({', '.join(['m', *(f'x[{index}]' for index in capture.leaves)])})"]
     if capture.grad_enabled is not None:
         body = [f"with set_grad_enabled({capture.grad_enabled}):", f"    {body[0]}"]
-    deferred = any(node.target is deferred_logits for node in graph.nodes)
-    body.append("return settled_if_sharded(m, out)" if deferred else "return out")
+    body.append("return settled_if_sharded(m, out)" if _defers_logits(graph) else "return out")
     names = {"run": run, "set_grad_enabled": torch.set_grad_enabled, "settled_if_sharded": settled_if_sharded}
     exec(compile("\n    ".join(["def function(m, x):", *body]), "<ligerfx function>", "exec"), names)
     return names["function"], code

@@ -4,7 +4,7 @@ import torch
 
 from . import _hopper
 from ._activations import in_triton
-from ._hopper import DEPTH, HALF, HAS_GLUON, PANEL, ROWS
+from ._hopper import DEEP, HALF, HAS_GLUON, PANEL, ROWS, SHALLOW
 
 if HAS_GLUON:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -13,17 +13,19 @@ if HAS_GLUON:
         SLAB,
         SLAB_LAYOUT,
         SLABS,
+        allocate_panels,
         corner,
         count_tiles,
         gl,
         gluon,
+        halves,
         hopper_jit,
         load_factors,
         load_slab,
         multiply,
-        shared_memory,
         slabs_of,
         stage_to_fill,
+        stages,
         store_slab,
     )
 
@@ -61,17 +63,19 @@ if HAS_GLUON:
 
     @hopper_jit
     def _product_gradients_kernel(dy_d, weight_d, pointers, strides, n_rows, widths, ACTIVATE: gl.constexpr):
-        a_s, b_s, panels, loaded, free, full, empty = shared_memory(dy_d, DEPTH, 2 * HALF)
+        a_s, b_s, loaded, free = stages(dy_d, weight_d, 6, SHALLOW, 2 * HALF)
+        panels = allocate_panels(dy_d.dtype)
+        full, empty = halves()
         n_cols, depth = widths
         sizes = (n_rows, n_cols, depth)
         tiles = count_tiles(n_rows, n_cols, 2 * HALF)
-        steps = gl.cdiv(depth, DEPTH)
+        steps = gl.cdiv(depth, SHALLOW)
         gl.warp_specialize(
             [
-                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, True)),
-                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, True)),
+                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, True, 16)),
+                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, True, 16)),
                 (_finish_gradients, (panels, full, empty, pointers, strides, sizes, ACTIVATE)),
-                (load_factors, (dy_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, True)),
+                (load_factors, (dy_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, False, True)),
             ],
             [4, 4, 1],
             [160, 168, 24],  # registers a thread; what is left of 512 for four warps of each is the first group's
@@ -83,7 +87,7 @@ if HAS_GLUON:
         step = 0
         for tile in range(gl.program_id(0), count_tiles(n_rows, n_cols, HALF), gl.num_programs(0)):
             row, col = corner(tile, n_rows, n_cols, HALF)
-            for k in range(0, depth, DEPTH):
+            for k in range(0, depth, x_d.block_type.shape[1]):
                 stage, barrier = stage_to_fill(step, loaded, free, x_d.block_type.nbytes + 4 * gate_d.block_type.nbytes)
                 tma.async_copy_global_to_shared(x_d, [row, k], barrier, a_s.index(stage))
                 # Each multiplying group has 64 columns of gate, and beside them the same 64 of up.
@@ -120,15 +124,18 @@ if HAS_GLUON:
 
     @hopper_jit
     def _gated_product_kernel(x_d, gate_d, up_d, pointers, strides, n_rows, widths, ACTIVATE: gl.constexpr):
-        a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
+        DEPTH: gl.constexpr = x_d.block_type.shape[1]
+        a_s, b_s, loaded, free = stages(x_d, gate_d, 3 * DEEP // DEPTH, 2 * HALF, DEPTH)
+        panels = allocate_panels(x_d.dtype)
+        full, empty = halves()
         n_cols, depth = widths
         sizes = (n_rows, n_cols, depth)
         tiles = count_tiles(n_rows, n_cols, HALF)
         steps = gl.cdiv(depth, DEPTH)
         gl.warp_specialize(
             [
-                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
-                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
+                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, False, 16)),
+                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, False, 16)),
                 (_finish_units, (panels, full, empty, pointers, strides, sizes, ACTIVATE)),
                 (_load_units, (x_d, gate_d, up_d, a_s, b_s, loaded, free, sizes)),
             ],
@@ -156,11 +163,11 @@ def gated_product(
     Returns:
         As `launch` does.
     """
-    panel = [PANEL.value, DEPTH.value]
-    factors = [(x, [ROWS.value, DEPTH.value]), (gate_weight, panel), (up_weight, panel)]
+    panel = [PANEL.value, (SHALLOW if x.shape[1] <= 1024 else DEEP).value]
+    factors = [(x, [ROWS.value, panel[1]]), (gate_weight, panel), (up_weight, panel)]
     tensors, n_cols = (gate, up, z), gate.shape[1]
     arguments = tensors, tuple(t.stride(0) for t in tensors), len(x), (n_cols, x.shape[1]), in_triton(activation)
-    return _hopper.launch(_gated_product_kernel, factors, n_cols, HALF.value, *arguments)
+    return _hopper.launch(_gated_product_kernel, factors, len(x), n_cols, HALF.value, *arguments)
 
 
 def product_gradients(
@@ -183,7 +190,7 @@ def product_gradients(
     Returns:
         As `launch` does.
     """
-    factors = [(dy, [ROWS.value, DEPTH.value]), (weight, [DEPTH.value, 2 * HALF.value])]
+    factors = [(dy, [ROWS.value, SHALLOW.value]), (weight, [SHALLOW.value, 2 * HALF.value])]
     tensors, n_cols = (gate, up, dgate, dup), gate.shape[1]
     arguments = tensors, tuple(t.stride(0) for t in tensors), len(dy), (n_cols, dy.shape[1]), in_triton(activation)
-    return _hopper.launch(_product_gradients_kernel, factors, n_cols, 2 * HALF.value, *arguments)
+    return _hopper.launch(_product_gradients_kernel, factors, len(dy), n_cols, 2 * HALF.value, *arguments)

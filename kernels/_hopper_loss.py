@@ -3,7 +3,7 @@
 import torch
 
 from . import _hopper
-from ._hopper import DEPTH, HALF, HAS_GLUON, ROWS
+from ._hopper import DEEP, HALF, HAS_GLUON, ROWS
 from .crossentropy import LOG2_E
 
 if HAS_GLUON:
@@ -14,16 +14,18 @@ if HAS_GLUON:
         SLAB,
         SLAB_LAYOUT,
         SLABS,
+        allocate_panels,
         corner,
         count_tiles,
         gl,
         gluon,
+        halves,
         hopper_jit,
         load_factors,
         multiply,
-        shared_memory,
         slab_at,
         slabs_of,
+        stages,
         store_slab,
     )
 
@@ -81,14 +83,16 @@ if HAS_GLUON:
         n_cols, depth = widths
         sizes = (n_rows, n_cols, depth)
         tiles = gl.where(gl.load(needed_ptr) != 0, count_tiles(n_rows, n_cols, 2 * HALF), 0)
-        steps = gl.cdiv(depth, DEPTH)
-        a_s, b_s, panels, loaded, free, full, empty = shared_memory(x_d, 2 * HALF, DEPTH)
+        steps = gl.cdiv(depth, DEEP)
+        a_s, b_s, loaded, free = stages(x_d, weight_d, 3, 2 * HALF, DEEP)
+        panels = allocate_panels(x_d.dtype)
+        full, empty = halves()
         gl.warp_specialize(
             [
-                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
-                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False)),
+                (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, False, 16)),
+                (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, False, 16)),
                 (_finish_exponentials, (panels, full, empty, pointers, stride, scale, tiles, sizes, SOFTCAP)),
-                (load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, False)),
+                (load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, False, False)),
             ],
             [4, 4, 1],
             [160, 168, 24],
@@ -126,9 +130,9 @@ def exponentials(
     Returns:
         As `launch` does.
     """
-    factors = [(x, [ROWS.value, DEPTH.value]), (weight, [2 * HALF.value, DEPTH.value])]
+    factors = [(x, [ROWS.value, DEEP.value]), (weight, [2 * HALF.value, DEEP.value])]
     pointers = (shift, label, result, exponent, sums, tops)
     return _hopper.launch(
-        _exponentials_kernel, factors, weight.shape[0], 2 * HALF.value,
+        _exponentials_kernel, factors, len(x), len(weight), 2 * HALF.value,
         pointers, needed, result.stride(0), scale * LOG2_E.value, len(x), (len(weight), x.shape[1]), softcap,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import itertools
 import torch
 
 from . import _hopper, _hopper_loss
+from ._hopper_sum import from_24_bits, to_24_bits
 from ._runtime import ceil_div, jit, launch_device, tl
 from ._weight_grad import WeightGrad, add_product
 from .crossentropy import LOG_2, through_softcap, to_z
@@ -110,10 +111,12 @@ def _dx_kernel(product_ptr, a_ptr, hot_ptr, label_ptr, w_ptr, to_ptr, dx_ptr, w_
 
 @jit
 def _add_labels_kernel(
-    outside_ptr, inside_ptr, x_ptr, hot_ptr, label_ptr, order_ptr, from_ptr, x_stride, n_outside, V, n_rows, H,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    outside_ptr, inside_ptr, lower_ptr, x_ptr, hot_ptr, label_ptr, order_ptr, from_ptr, x_stride, n_outside, V, n_rows,
+    H, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds hot * x of the rows that have a label to its row of the sum, which is in two parts, in their order.
+
+    lower_ptr: None, or the lower 8 of the sum's 24 bits.
 
     Labels are sorted. Where a new one begins, a program adds all rows that have it.
     """
@@ -123,7 +126,10 @@ def _add_labels_kernel(
     if (label >= 0) & (label < V) & (label != before):
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         sum_ptr = tl.where(label < n_outside, outside_ptr + label * H, inside_ptr + (label - n_outside) * H) + cols
-        total = tl.load(sum_ptr, mask=cols < H, other=0.0).to(tl.float32)
+        total = tl.load(sum_ptr, mask=cols < H, other=0)
+        if lower_ptr is not None:
+            total = from_24_bits(total, tl.load(lower_ptr + label * H + cols, mask=cols < H, other=0))
+        total = total.to(tl.float32)
         row = tl.load(order_ptr + start)
         hot = tl.load(hot_ptr + row)
         if from_ptr is not None:
@@ -141,11 +147,14 @@ def _add_labels_kernel(
             x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
             total += tl.sum(hots[:, None] * x, axis=0)
             start += ROWS
+        if lower_ptr is not None:
+            total, lower = to_24_bits(total)
+            tl.store(lower_ptr + label * H + cols, lower, mask=cols < H)
         tl.store(sum_ptr, total.to(outside_ptr.dtype.element_ty), mask=cols < H)
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, options: tuple) -> bool:
-    """Whether `add_chunk` can take rows [M, H], as many as a chunk has, with these options of the loss.
+    """Whether `loss_and_dx` can take rows [M, H], as many as a chunk has, with these options of the loss.
 
     float16 does not reach far enough for e.
     """
@@ -154,7 +163,7 @@ def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, opti
     return _hopper.takes(x, weight.shape[0], [weight], [])
 
 
-def add_chunk(
+def loss_and_dx(
     x: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
@@ -165,22 +174,20 @@ def add_chunk(
     options: tuple,
     dx: torch.Tensor | None,
     to: torch.Tensor | None,
-    dw: WeightGrad | None,
-) -> bool:
-    """Losses and gradients of a chunk of rows; only the labels' part of dw is left, to `add_labels`.
+) -> torch.Tensor | None:
+    """Losses of a chunk of rows, their gradient of x, and what its part of the weight's gradient is made of.
 
     Args:
         x, weight, target: [M, H], [V, H], [M], of which nothing but the target may be anything.
-        room: [M, V] of x's dtype, to be written, in parts of columns: all but the last multiples of `COLUMNS`. They may
-            lie in the memory of dw, as `WeightGrad.room` has them.
+        room: [M, V] of x's dtype, to be written, in parts of columns: all but the last multiples of `COLUMNS`.
         losses, hot: [M], float32, to be written: the loss of each row, and the gradient of its label's logit.
         factor: of all gradients, a float32 scalar; None: 1.
         options: as `linear_cross_entropy` hands them on.
         dx, to: gradient of x, to be written, in rows `to` (None: the first M); None if not wanted.
-        dw: to be added to; None if not wanted.
 
     Returns:
-        False if a kernel failed: then nothing of value is written.
+        a [M]: room.T @ (a * x) and what `add_labels` adds are the gradient of the weight. None if a kernel failed:
+        then nothing of value is written.
     """
     ignore_index, scale, z_loss, softcap, _ = options
     (n_rows, hidden), vocab = x.shape, weight.shape[0]
@@ -207,7 +214,7 @@ def add_chunk(
                 )
                 for part, columns, its_label, its_sums, its_tops in of_parts
             ):
-                return False
+                return None
             _row_kernel[(ceil_div(n_rows, 8),)](
                 target, label, shift, exponent, sums, tops, factor, needed[turn], needed[turn + 1],
                 losses, a, hot, n_rows, n_sums, ignore_index, scale, z_loss,
@@ -216,9 +223,7 @@ def add_chunk(
         del sums, tops, of_parts  # as large as the product below
         if dx is not None:
             _write_dx(room, weight, a, hot, label, to, dx)
-    if dw is not None:
-        dw.add(room, torch.mul(x, a[:, None], out=torch.empty_like(x)))
-    return True
+    return a
 
 
 def _write_dx(
@@ -230,7 +235,7 @@ def _write_dx(
     to: torch.Tensor | None,
     dx: torch.Tensor,
 ) -> None:
-    """dx of `add_chunk`, from the exponentials in room; launches on the current device."""
+    """dx of `loss_and_dx`, from the exponentials in room; launches on the current device."""
     hidden, weights = weight.shape[1], weight.split([part.shape[1] for part in room])
     n_rows = a.shape[0]
     rows = ceil_div(n_rows, ceil_div(n_rows, MOST_ROWS))
@@ -246,7 +251,7 @@ def _write_dx(
 
 
 def add_labels(dw: WeightGrad, x: torch.Tensor, target: torch.Tensor, hot: torch.Tensor, kept: torch.Tensor | None):
-    """Add to dw what `add_chunk` left out.
+    """Add the labels' own part to the gradient of the weight.
 
     Args:
         x, kept: the rows are those of x [..., H] at `kept`, or all.
@@ -257,6 +262,6 @@ def add_labels(dw: WeightGrad, x: torch.Tensor, target: torch.Tensor, hot: torch
     outside, inside = dw.parts[0], dw.parts[-1]
     with launch_device(x):
         _add_labels_kernel[(n_rows, ceil_div(hidden, 1024))](
-            outside, inside, x, hot, label, order, kept, x.stride(0), outside.shape[0], dw.result.shape[0],
+            outside, inside, dw.lower, x, hot, label, order, kept, x.stride(0), outside.shape[0], dw.result.shape[0],
             n_rows, hidden, 8, 1024, num_warps=8,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import _hopper_sum
 from ._runtime import ceil_div, jit, launch_device, num_sms, tl
 
 
@@ -55,21 +56,28 @@ def columns_inside(vocab: int, hidden: int, n_rows: int) -> int:
 
 
 class WeightGrad:
-    """The sum of the chunks' products a.T @ b, [V, H], in float32 or in the weight's own dtype.
+    """The sum of the chunks' products a.T @ b, [V, H], in the weight's own dtype or in more bits.
 
     A float32 sum of a 16-bit result would take three times the result's memory while it is rounded. Here it takes
     twice: about half of its rows lie in the memory of the result, and rounding frees that memory as it goes. It is
     rounded by the backward, which knows the incoming gradient, so once. Rounding at the end of the forward would
     free half of it a little earlier, but not lower the peak: that is in the forward, while there is a chunk of
     logits as well.
+
+    One of 24 bits takes one and a half times the result's memory, and its last product rounds: see `_hopper_sum`.
     """
 
-    def __init__(self, weight: torch.Tensor, wide: bool):
+    def __init__(self, weight: torch.Tensor, bits: int | None = None):
+        """bits: 32, or 24 where `_hopper_sum.takes` it, or None for those of the weight."""
         vocab, hidden = weight.shape
         self.result = torch.empty(vocab, hidden, dtype=weight.dtype, device=weight.device)
         self.empty = True
         self.parts = [self.result]
-        if wide and weight.dtype != torch.float32:
+        self.lower = None
+        if bits == 24:
+            self.parts = [self.result.view(torch.int16)]
+            self.lower = torch.empty(vocab, hidden, dtype=torch.uint8, device=weight.device)
+        elif bits == 32 and weight.dtype != torch.float32:
             # Some more rows outside the result than in it, for `scaled` to begin with; whole tiles.
             outside = min(vocab, ceil_div(vocab // 2 + vocab // 128 + 1, WIDTH) * WIDTH)
             inside = self.result.view(-1)[: 2 * (vocab - outside) * hidden].view(torch.float32)
@@ -79,7 +87,7 @@ class WeightGrad:
             ]
 
     def room(self, n_rows: int) -> list[torch.Tensor]:
-        """Memory for the a [M, V] of the one chunk of a sum that is not wide, in parts of columns; `add` uses it up.
+        """Memory for the a [M, V] of the only chunk, in parts of columns; `add` uses it up.
 
         Most of it is the result's own: see `columns_inside`.
         """
@@ -94,16 +102,28 @@ class WeightGrad:
             start = end
         return [*parts, empty_rows(n_rows, vocab - inside, self.result)]
 
-    def add(self, a: Sequence[torch.Tensor], b: torch.Tensor) -> None:
-        """Adds a.T @ b, of a [M, V] in parts of columns and b [M, H]. A wide sum takes one part."""
+    def add(self, a: Sequence[torch.Tensor], b: torch.Tensor, last: bool) -> bool:
+        """Adds a.T @ b, of a [M, V] in parts of columns and b [M, H]. A sum in more bits takes one part.
+
+        last: nothing will be added after it.
+
+        Returns:
+            False if a kernel failed: then the sum is of no value.
+        """
+        first, self.empty = self.empty, False
+        if self.lower is not None:
+            (upper,), (a,), lower = self.parts, a, self.lower
+            if last:
+                self.parts, self.lower = [self.result], None
+            return _hopper_sum.add_product(upper, lower, a, b, first, last)
         if len(a) == 1:
             totals, a = self.parts, a[0].split([part.shape[0] for part in self.parts], dim=1)
         else:
             totals = self.result.split([part.shape[1] for part in a])
         for total, columns in zip(totals, a, strict=True):
             if total.shape[0]:
-                add_product(total, columns.t(), b, overwrite=self.empty)
-        self.empty = False
+                add_product(total, columns.t(), b, overwrite=first)
+        return True
 
     def scaled(self, factor: torch.Tensor) -> torch.Tensor:
         """The sum times factor in the weight's dtype; the memory of the sum is used up."""

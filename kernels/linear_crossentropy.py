@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from . import _unnormalised
+from . import _hopper_sum, _unnormalised
 from ._autograd import apply
 from ._operators import operator
 from ._runtime import PLAIN, autocast_dtype, ceil_div, jit, launch_device, tl, triton, use_triton
@@ -163,6 +163,25 @@ def _chunk_rows(n_rows: int, row_bytes: int, budget: int, spared: int = 0) -> in
     return min(n_rows, ceil_div(ceil_div(n_rows, n_chunks), tile) * tile)
 
 
+def _chunk_rows_and_bits(
+    x: torch.Tensor, weight: torch.Tensor, n_rows: int, options: dict, need_w: bool, fuse: bool, fused: bool
+) -> tuple[int, int | None]:
+    """Rows a chunk, and bits of the sum of the weight's gradient, as `WeightGrad` takes them."""
+    bits = None
+    if options["accumulate_in"] == torch.float32:
+        bits = 24 if fuse and _hopper_sum.takes(x, weight) else 32
+    spared = 0  # by one chunk: what the sum takes besides the gradient, and what lies in the gradient's memory
+    if need_w and x.dtype == torch.bfloat16:
+        inside = columns_inside(*weight.shape, n_rows) if fused else 0
+        spared = weight.numel() * (bits // 8 - 2 if bits else 0) + 2 * inside * n_rows
+    chunk = _chunk_rows(n_rows, padded(weight.shape[0]) * x.element_size(), options["budget"], spared)
+    if x.dtype == torch.float16:
+        bits = 32  # it has not been divided by n, and could overflow
+    elif chunk == n_rows:
+        bits = None  # one product is no sum
+    return chunk, bits
+
+
 def _loss_and_grads(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -184,7 +203,8 @@ def _loss_and_grads(
     x = x.reshape(-1, x.shape[-1])
     target = target.reshape(-1).contiguous()
     kept = rows.kept()
-    n_rows, vocab = (x if kept is None else kept).shape[0], weight.shape[0]
+    labels = target if kept is None else target.index_select(0, kept)
+    n_rows, vocab = labels.shape[0], weight.shape[0]
     need_grad = need_x or need_w or need_b
     factor = late_factor = None
     if options["mean"]:
@@ -203,55 +223,56 @@ def _loss_and_grads(
     if need_b:
         db = torch.zeros(vocab, dtype=torch.float32, device=x.device)
     if n_rows:
-        in_float32 = options["accumulate_in"] == torch.float32
         fused = fuse and need_grad and not need_b and _unnormalised.takes(x[:n_rows], weight, bias, options["loss"])
-        spared = 0  # by one chunk: the sum over chunks, and what lies in the memory of the gradient
-        if need_w and x.dtype == torch.bfloat16:
-            inside = columns_inside(*weight.shape, n_rows) if fused else 0
-            spared = 2 * (weight.numel() * in_float32 + inside * n_rows)
-        chunk = _chunk_rows(n_rows, padded(vocab) * x.element_size(), options["budget"], spared)
-        # One chunk needs no sum, but in float16, where it has not been divided by n, it could overflow.
-        wide = x.dtype == torch.float16 or (chunk < n_rows and in_float32)
+        chunk, bits = _chunk_rows_and_bits(x, weight, n_rows, options, need_w, fuse, fused)
         if need_w:
-            dw = WeightGrad(weight, wide)
+            dw = WeightGrad(weight, bits)
         hot = torch.zeros(n_rows, dtype=torch.float32, device=x.device) if fused else None
         # Of one chunk most lies in the memory of the gradient that is made of it.
         room = dw.room(n_rows) if fused and need_w and chunk == n_rows else [empty_rows(chunk, vocab, x)]
         for start in range(0, n_rows, chunk):
             part = slice(start, start + chunk)
             if kept is None:
-                x_chunk, target_chunk = x[part], target[part]
-                dx_chunk, to = dx[part] if need_x else None, None
+                x_chunk, to = x[part], None
+                dx_chunk = dx[part] if need_x else None
             else:
-                x_chunk, target_chunk = x.index_select(0, kept[part]), target.index_select(0, kept[part])
-                dx_chunk, to = dx, kept[part]
+                x_chunk, to = x.index_select(0, kept[part]), kept[part]
+                dx_chunk = dx
             chunk_room = [columns[: x_chunk.shape[0]] for columns in room]
+            failed = False
             if fused:
-                if _unnormalised.add_chunk(
-                    x_chunk, weight, target_chunk, chunk_room, losses[part], hot[part], factor, options["loss"],
-                    dx_chunk, to, dw,
-                ):  # fmt: skip
-                    continue
+                a = _unnormalised.loss_and_dx(
+                    x_chunk, weight, labels[part], chunk_room, losses[part], hot[part], factor, options["loss"],
+                    dx_chunk, to,
+                )  # fmt: skip
+                failed = a is None
+                if need_w and not failed:
+                    x_chunk = torch.mul(x_chunk, a[:, None], out=torch.empty_like(x_chunk))
+            else:
+                (logits,) = chunk_room
+                if bias is None:
+                    torch.mm(x_chunk, weight.t(), out=logits)
+                else:
+                    torch.addmm(bias, x_chunk, weight.t(), out=logits)
+                loss_and_grad_(logits, labels[part], losses[part], factor, need_grad, options["loss"])
+                if need_x and to is None:
+                    torch.mm(logits, weight, out=dx_chunk)
+                elif need_x:
+                    dx_chunk.index_copy_(0, to, logits @ weight)
+                if need_b:
+                    db += logits.sum(0, dtype=torch.float32)
+            if need_w and not failed:
+                last = start + chunk >= n_rows
+                if fused and last and start:  # the last product may round the sum, so they come before it
+                    _unnormalised.add_labels(dw, x, labels, hot, kept)
+                failed = not dw.add(chunk_room, x_chunk, last)
+            if failed:
                 del room, chunk_room, dx, dx_chunk, dw
                 return _loss_and_grads(x, weight, bias, target, rows, options, need_x, need_w, need_b, fuse=False)
-            (logits,) = chunk_room
-            if bias is None:
-                torch.mm(x_chunk, weight.t(), out=logits)
-            else:
-                torch.addmm(bias, x_chunk, weight.t(), out=logits)
-            loss_and_grad_(logits, target_chunk, losses[part], factor, need_grad, options["loss"])
-            if need_x and to is None:
-                torch.mm(logits, weight, out=dx_chunk)
-            elif need_x:
-                dx_chunk.index_copy_(0, to, logits @ weight)
-            if need_w:
-                dw.add([logits], x_chunk)
-            if need_b:
-                db += logits.sum(0, dtype=torch.float32)
-        if fused and need_w:
-            _unnormalised.add_labels(dw, x, target if kept is None else target.index_select(0, kept), hot, kept)
+        if fused and need_w and chunk == n_rows:
+            _unnormalised.add_labels(dw, x, labels, hot, kept)
     elif need_w:
-        dw = WeightGrad(weight, wide=False)
+        dw = WeightGrad(weight)
     loss = losses.sum()
     return (loss / rows.n_valid if options["mean"] else loss), (dx, dw, db), late_factor
 

@@ -164,8 +164,9 @@ def test_linear_cross_entropy_memory():
 
     x.grad = weight.grad = None
     peak = _peak(lambda: step(kernels.linear_cross_entropy, logits_budget=budget))
-    # The weight's gradient as float32 sum and as result, the gradient of x, the chunk, and small change.
-    assert peak <= weight.numel() * (4 + 2) + 2 * x.nbytes + budget + 32 * 2**20
+    # The sum of the weight's gradient, in 24 bits on H100 and H200, the gradient of x, the chunk, and small change.
+    number = 3 if torch.cuda.get_device_capability() == (9, 0) else 4.3
+    assert peak <= weight.numel() * number + 2 * x.nbytes + budget + 32 * 2**20
 
     x.grad = weight.grad = None
     with torch.no_grad():

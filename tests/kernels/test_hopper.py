@@ -30,8 +30,9 @@ from ligerfx.kernels.gated import glu_forward
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 
-# M, K, N, I. Whole tiles; and rests of tiles and of stages, with more tiles than programs in both directions.
-WHOLE, RESTS = (2304, 256, 320, 2048), (2300, 136, 72, 2104)
+# M, K, N, I. Whole tiles; rests of tiles and of stages, with more tiles than programs in both directions; and so long
+# rows that stages are deeper.
+WHOLE, RESTS, LONG = (2304, 256, 320, 2048), (2300, 136, 72, 2104), (2304, 2184, 320, 2048)
 LINEAR = (glu_linear, glu_linear_reference), (packed_glu_linear, packed_glu_linear_reference)
 MLP = (glu_mlp, glu_mlp_reference), (packed_glu_mlp, packed_glu_mlp_reference)
 
@@ -66,7 +67,7 @@ def fused(monkeypatch):
 
 
 @on_hopper
-@pytest.mark.parametrize("sizes", [WHOLE, RESTS])
+@pytest.mark.parametrize("sizes", [WHOLE, RESTS, LONG])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -103,7 +104,7 @@ def test_with_the_norm_before_it(poison, assert_as_accurate, fused, residual, pa
 @on_hopper
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("sizes", [WHOLE, RESTS])
+@pytest.mark.parametrize("sizes", [WHOLE, RESTS, LONG])
 def test_agrees_with_separate_kernels(poison, fused, monkeypatch, sizes, packed, activation):
     """The products and then the unit's kernels: the same sums, rounded at the same places."""
     function = functools.partial(MLP[packed][0], activation=activation)
@@ -200,18 +201,21 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from ligerfx.kernels import _hopper, _hopper_glu, _hopper_loss
+from ligerfx.kernels import _hopper, _hopper_glu, _hopper_loss, _hopper_sum
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", int: "i32", float: "fp32"}
+TYPES = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
+    int: "i32", float: "fp32",
+}
 
 def kind(argument):
     if isinstance(argument, tuple):
         return tuple(map(kind, argument))
     return "*" + TYPES[argument.dtype] if torch.is_tensor(argument) else TYPES[type(argument)]
 
-def compile(kernel, factors, n_cols, width, *args):
+def compile(kernel, factors, n_rows, n_cols, width, *args):
     kernel = kernel.kernel
-    types = [f"tensordesc<bf16{block},{_hopper.STAGE_LAYOUT!r}>" for _, block in factors]
+    types = [f"tensordesc<bf16{block},{_hopper.stage_layout(block[1])!r}>" for _, block in factors]
     constants = {}
     for parameter, argument in zip(kernel.params[len(factors) :], args, strict=True):
         types.append("constexpr" if parameter.is_constexpr else kind(argument))
@@ -228,7 +232,10 @@ x, weight, y, *more = (torch.empty(48, 48, dtype=torch.bfloat16) for _ in range(
 rows, count = torch.empty(48), torch.empty(48, dtype=torch.int32)
 _hopper_glu.product_gradients(x, weight, y, *more, "silu")
 _hopper_glu.gated_product(x, weight, y, *more, "silu")
+_hopper_glu.gated_product(*(torch.empty(48, 4096, dtype=torch.bfloat16) for _ in range(3)), *more, "silu")
 _hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, y, rows, rows, rows)
+for first, last in ((True, False), (False, False), (False, True)):
+    _hopper_sum.add_product(y.view(torch.int16), y.byte(), x, weight, first, last)
 """
 
 
@@ -238,7 +245,7 @@ def test_compile_without_a_gpu():
     command = [sys.executable, "-P", "-c", COMPILE]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
-    kernels = [list(map(int, line.split())) for line in result.stdout.splitlines()[-3:]]
-    # Two groups multiply 128 x 128 x 64 each, in 8 steps, in two places; a copy for each factor, or panel of one.
-    assert [found for *found, _ in kernels] == [[16, 5], [16, 5], [16, 2]]
+    kernels = [list(map(int, line.split())) for line in result.stdout.splitlines()[-7:]]
+    # Two groups multiply 128 x 128 x 32 or 64 each, in 4 or 8 steps; copies of up to 64 columns, panels of one factor.
+    assert [found for *found, _ in kernels] == [[8, 5], [8, 5], [16, 5], [16, 2], *[[8, 6]] * 3]
     assert all(shared <= 227 * 1024 for *_, shared in kernels)

@@ -152,25 +152,25 @@ def test_sum_in_the_weights_dtype(device, poison, options):
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_wide_sum_is_rounded_once(device, factor):
     a, b = torch.randn(700, 5, device=device).half(), torch.randn(5, 16, device=device).half()
-    total = WeightGrad(torch.empty(700, 16, dtype=torch.float16, device=device), wide=True)
-    total.add([a.t()], b)
+    total = WeightGrad(torch.empty(700, 16, dtype=torch.float16, device=device), 32)
+    assert total.add([a.t()], b, last=True)
     expected = (torch.cat(total.parts) * factor).half()
     assert total.parts[1].numel() and torch.equal(total.scaled(torch.tensor(factor, device=device)), expected)
 
 
 @pytest.mark.parametrize(
-    ("budget", "mode", "wide"),
+    ("budget", "mode", "bits"),
     # The sum would take 2 x 50 x 16 bytes more than its result, and a row of logits takes 128.
-    [(2**20, torch.float32, False), (1300, torch.float32, False), (900, torch.float32, True), (900, None, False)],
+    [(2**20, torch.float32, None), (1300, torch.float32, None), (900, torch.float32, 32), (900, None, None)],
 )
-def test_one_chunk_needs_no_sum(device, monkeypatch, budget, mode, wide):
+def test_one_chunk_needs_no_sum(device, monkeypatch, budget, mode, bits):
     x, weight = (t.requires_grad_() for t in _inputs(device, (20, 16), bias=False, dtype=torch.bfloat16))
     made, chunks, add = [], [], WeightGrad.add
-    monkeypatch.setattr(WeightGrad, "add", lambda self, a, b: chunks.append(len(b)) or add(self, a, b))
-    monkeypatch.setattr(linear_crossentropy, "WeightGrad", lambda w, wide: made.append(wide) or WeightGrad(w, wide))
+    monkeypatch.setattr(WeightGrad, "add", lambda self, a, b, last: chunks.append(len(b)) or add(self, a, b, last))
+    monkeypatch.setattr(linear_crossentropy, "WeightGrad", lambda w, bits: made.append(bits) or WeightGrad(w, bits))
     target = torch.randint(50, (20,), device=device)
     linear_cross_entropy(x, weight, target, logits_budget=budget, accumulate_in=mode).backward()
-    assert made == [wide]
+    assert made == [bits]
     assert (chunks == [20]) == (budget > 900)
 
 
@@ -180,9 +180,9 @@ def test_one_chunk_needs_no_sum(device, monkeypatch, budget, mode, wide):
 def test_wide_sum_in_the_memory_of_its_result(device, poison, dtype, vocab, hidden):
     a = torch.randint(-4, 5, (2, 3, vocab), device=device).to(dtype)
     b = torch.randint(-4, 5, (2, 3, hidden), device=device).to(dtype)
-    total = WeightGrad(torch.empty(vocab, hidden, dtype=dtype, device=device), wide=True)
+    total = WeightGrad(torch.empty(vocab, hidden, dtype=dtype, device=device), 32)
     for i in range(2):
-        total.add([a[i]], b[i])
+        total.add([a[i]], b[i], last=i == 1)
     result = total.scaled(torch.tensor(0.5, device=device))
     # Small integers, halved: exact in every dtype.
     expected = 0.5 * sum(a[i].float().t() @ b[i].float() for i in range(2))
@@ -197,13 +197,13 @@ def test_wide_sum_in_the_memory_of_its_result(device, poison, dtype, vocab, hidd
 def test_factor_in_the_memory_of_the_product(device, poison, vocab, n_rows, hidden):
     a = torch.randint(-2, 3, (n_rows, vocab), device=device).bfloat16()
     b = torch.randint(-2, 3, (n_rows, hidden), device=device).bfloat16()
-    total = WeightGrad(torch.empty(vocab, hidden, dtype=torch.bfloat16, device=device), wide=False)
+    total = WeightGrad(torch.empty(vocab, hidden, dtype=torch.bfloat16, device=device))
     room = total.room(n_rows)
     assert len(room) <= 6 and all(part.stride(0) % 16 == 0 and part.data_ptr() % 16 == 0 for part in room)
     assert all(part.shape[1] % 256 == 0 for part in room[:-1])
     for part, columns in zip(room, a.split([part.shape[1] for part in room], dim=1), strict=True):
         part.copy_(columns)
-    total.add(room, b)
+    total.add(room, b, last=True)
     # Small integers: float32 has their sums, and both round alike.
     assert torch.equal(total.scaled(torch.ones((), device=device)), (a.float().t() @ b.float()).bfloat16())
     taken = sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in room}.values())

@@ -125,7 +125,7 @@ def test_in_the_memory_of_the_gradient(device, poison, assert_as_accurate, produ
     inside = _weight_grad.columns_inside(vocab, hidden, rows)
     parts = _parts(vocab, hidden, rows)
     assert parts > 1
-    budget = 2 * rows * (vocab + 16 - inside) - (1 if _hopper_sum.takes(x, weight) else 2) * weight.numel()
+    budget = 2 * rows * (vocab + 16 - inside) - 2 * weight.numel()
     functions = _functions(target, logits_budget=max(1, budget))
     assert_as_accurate(*functions, [x, weight], upstream=_one(device))
     assert len(products) == 4 * parts  # two calls, each of two turns

@@ -56,9 +56,6 @@ SHALLOW = tl.constexpr(32)
 
 if HAS_GLUON:
     SLAB_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
-
-    # Of a stage in shared memory.
-    STAGE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     hopper_jit = functools.partial(jit, language=gluon)
 
     @functools.cache
@@ -227,7 +224,7 @@ def loads(matrices: list[torch.Tensor]) -> bool:
         and first.dtype in (torch.bfloat16, torch.float16)
         and all(
             type(t) in PLAIN and t.dtype == first.dtype
-            and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+            and t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
             for t in matrices
         )
     )  # fmt: skip

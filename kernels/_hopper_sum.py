@@ -2,8 +2,8 @@
 
 What is between two products need not be exact where the result is bfloat16: 24 of float32's 32 bits, 16 of them
 significant digits, are 8 more than it has. The upper 16 lie in the memory of the result, 8 more beside it. So the sum
-takes half as much as the result, where a float32 sum would take as much again; adding to it moves a quarter less, and
-the last product leaves the result itself, rounded once.
+takes half as much as the result besides, where a float32 sum would take as much again, and adding to it moves a quarter
+less. The last product leaves the result itself, and beside it what rounding took from it, which is for scaling it.
 """
 
 import torch
@@ -26,9 +26,23 @@ def from_24_bits(upper, lower):
 def to_24_bits(x):
     """x, rounded to 24 bits, as `from_24_bits` takes them."""
     bits = x.to(tl.int32, bitcast=True)
-    is_finite = (bits & 0x7F800000) != 0x7F800000  # rounding what is not could carry into the sign
-    bits += tl.where(is_finite, 0x80, 0)
+    bits += tl.where(x == x, 0x80, 0)  # rounding NaN could carry into the sign
     return (bits >> 16).to(tl.int16), (bits >> 8).to(tl.uint8)
+
+
+@triton.jit
+def from_result(rounded, rest):
+    """The float32 of which `to_result` gave these."""
+    return ((rounded.to(tl.int32) << 16) + (rest.to(tl.int32) << 8)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_result(x):
+    """The 16 bits of x in bfloat16, and what rounding took from it, in 256ths of their last place."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+    rest = (bits - (rounded << 16) + 0x80) >> 8
+    return rounded.to(tl.int16), tl.minimum(tl.maximum(rest, -128), 127).to(tl.int8)
 
 
 if HAS_GLUON:
@@ -73,10 +87,11 @@ if HAS_GLUON:
             total += from_24_bits(before[0], before[1])
         offsets, inside = _slab_offsets(i, *tile)
         if LAST:
-            upper = total.to(gl.bfloat16).to(gl.int16, bitcast=True)
+            upper, rest = to_result(total)
+            lower = rest.to(gl.uint8, bitcast=True)
         else:
             upper, lower = to_24_bits(total)
-            gl.store(lower_ptr + offsets, lower, mask=inside, eviction_policy="evict_first")
+        gl.store(lower_ptr + offsets, lower, mask=inside, eviction_policy="evict_first")
         gl.store(upper_ptr + offsets, upper, mask=inside, eviction_policy="evict_first")
 
     @gluon.jit
@@ -147,7 +162,7 @@ def add_product(
         upper, lower: [V, H], the memory of the bfloat16 result, as int16, and uint8; contiguous.
         a, b: [M, V] and [M, H], bfloat16, rows aligned to 16 bytes.
         first: the sum is nothing yet.
-        last: upper becomes the result; lower is left as it is.
+        last: upper becomes the result, lower the rest of it, as `to_result` gives them.
 
     Returns:
         As `launch` does.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from . import _hopper_sum
+from ._hopper_sum import from_result, to_result
 from ._runtime import ceil_div, jit, launch_device, num_sms, tl
 
 
@@ -23,12 +24,29 @@ def _scale_kernel(source_ptr, result_ptr, factor_ptr, n, IN_PLACE: tl.constexpr,
 def scale_to(source: torch.Tensor, factor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """result = source * factor, both contiguous; result may be source, but not overlap it otherwise."""
     n, block = source.numel(), 4096
-    grid = min(ceil_div(n, block), 16 * num_sms(source))
     if n:
         with launch_device(source):
             in_place = result.data_ptr() == source.data_ptr()
-            _scale_kernel[(grid,)](source, result, factor, n, in_place, block, num_warps=8)
+            _scale_kernel[_grid(source, block)](source, result, factor, n, in_place, block, num_warps=8)
     return result
+
+
+def _grid(tensor: torch.Tensor, block: int) -> tuple[int]:
+    return (min(ceil_div(tensor.numel(), block), 16 * num_sms(tensor)),)
+
+
+@jit
+def _scale_rounded_kernel(result_ptr, rest_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    """`_scale_kernel` in place, of a bfloat16 result, as int16, and what rounding took from it: it is rounded anew."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, step):
+            offsets = start + tl.arange(0, BLOCK)
+            rest = tl.load(rest_ptr + offsets, mask=offsets < n, other=0).to(tl.int8, bitcast=True)
+            x = from_result(tl.load(result_ptr + offsets, mask=offsets < n, other=0), rest)
+            result, _ = to_result(x * factor)
+            tl.store(result_ptr + offsets, result, mask=offsets < n)
 
 
 def padded(n_cols: int) -> int:
@@ -64,7 +82,8 @@ class WeightGrad:
     free half of it a little earlier, but not lower the peak: that is in the forward, while there is a chunk of
     logits as well.
 
-    One of 24 bits takes one and a half times the result's memory, and its last product rounds: see `_hopper_sum`.
+    One of 24 bits takes one and a half times the result's memory. Its last product rounds, which is for nothing only
+    where the incoming gradient is not 1: see `_hopper_sum`.
     """
 
     def __init__(self, weight: torch.Tensor, bits: int | None = None):
@@ -112,10 +131,7 @@ class WeightGrad:
         """
         first, self.empty = self.empty, False
         if self.lower is not None:
-            (upper,), (a,), lower = self.parts, a, self.lower
-            if last:
-                self.parts, self.lower = [self.result], None
-            return _hopper_sum.add_product(upper, lower, a, b, first, last)
+            return _hopper_sum.add_product(*self.parts, self.lower, *a, b, first, last)
         if len(a) == 1:
             totals, a = self.parts, a[0].split([part.shape[0] for part in self.parts], dim=1)
         else:
@@ -129,6 +145,13 @@ class WeightGrad:
         """The sum times factor in the weight's dtype; the memory of the sum is used up."""
         if self.empty:
             return self.result.zero_()
+        if self.lower is not None:
+            block = 4096
+            with launch_device(self.result):
+                _scale_rounded_kernel[_grid(self.result, block)](
+                    *self.parts, self.lower, factor, self.result.numel(), block, num_warps=8
+                )
+            return self.result
         if len(self.parts) == 1:
             return scale_to(self.result, factor, self.result)
         outside, inside = self.parts

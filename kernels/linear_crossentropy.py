@@ -194,7 +194,7 @@ def _loss_and_grads(
 ) -> tuple[torch.Tensor, tuple, torch.Tensor | None]:
     """The loss, the wanted gradients (x's, weight's, bias's), and a factor that they still lack (None: none).
 
-    fuse: whether products may end in exponentials, where `_unnormalised` takes them.
+    fuse: whether products may be our own, and end in exponentials or add to a sum in 24 bits, where that is possible.
     """
     if capturing(x):
         rows = CountedRows(target, rows.ignore_index)

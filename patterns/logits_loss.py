@@ -105,7 +105,7 @@ EARLY = {"rows": rows_that_count}
 
 SMALL_CHUNKS = 376 * 2**20
 """Bytes of logits at a time with low memory: 1536 rows of a vocabulary of 128256. Fewer rows take notably more time:
-each chunk reads and writes the float32 sum of the weight's gradient."""
+each chunk reads and writes the sum of the weight's gradient."""
 
 
 @functools.cache

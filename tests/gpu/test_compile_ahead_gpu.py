@@ -45,11 +45,12 @@ def step(model, inputs):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("tokens", [17, 2048])
-def test_first_step(compiled, family, tokens):
+@pytest.mark.parametrize(("tokens", "vocab"), [(17, 1000), (2048, 1000), (2048, 64000)])  # the last: loss in chunks
+def test_first_step(compiled, family, tokens, vocab):
     torch.manual_seed(0)
-    model = make(family, device="cuda", dtype=torch.bfloat16, max_position_embeddings=tokens, **CONFIG)
-    inputs = batch(model, 4, tokens)
+    settings = CONFIG | {"max_position_embeddings": tokens, "vocab_size": vocab}
+    model = make(family, device="cuda", dtype=torch.bfloat16, **settings)
+    inputs = batch(model, 4, tokens, ignore=0.0)
     optimised = ligerfx.optimize(model)
     loss, grads = step(optimised, inputs)
     assert len(compiled) > 7

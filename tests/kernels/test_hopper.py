@@ -136,6 +136,7 @@ def test_what_is_not_taken():
     assert not _hopper.takes(x, 2048, weights, [weight.half()])
     assert not _hopper.takes(x[:64], 2048, weights, [])  # too few tiles
     assert not _hopper.takes(x[:, 4:], 2048, [w[:, 4:] for w in weights], [])  # not aligned
+    assert not _hopper.takes(x[:1].expand_as(x), 2048, weights, [])  # one row for all
     assert not _hopper.takes(x.t().contiguous().t(), 2048, weights, [])
     assert not _hopper.takes(x, 2048, [gate_weight.t().contiguous().t(), up_weight], [])
     assert not _hopper.takes(x.repeat(1, 32), 2048, [w.repeat(1, 32) for w in weights], [])  # longer than tried

@@ -23,6 +23,8 @@ def _add_product(upper, lower, a, b, first, last):
         total += _joined(upper, lower)
     if last:
         upper.view(torch.bfloat16).copy_(total)
+        rest = (total.view(torch.int32) - (upper.int() << 16) + 0x80) >> 8
+        lower.copy_(rest.clamp(-128, 127).to(torch.int8).view(torch.uint8))
     else:
         bits = total.view(torch.int32)
         bits += torch.where(total.isfinite(), 0x80, 0).int()
@@ -47,11 +49,11 @@ def products(monkeypatch):
     return calls
 
 
-def _sum(device, a, b):
+def _sum(device, a, b, factor=1.0):
     total = WeightGrad(torch.empty(a[0].shape[1], b[0].shape[1], dtype=torch.bfloat16, device=device), 24)
     for i, factors in enumerate(zip(a, b, strict=True)):
         assert total.add([factors[0]], factors[1], last=i == len(a) - 1)
-    return total.scaled(torch.ones((), device=device))
+    return total.scaled(torch.tensor(factor, device=device))
 
 
 @pytest.mark.parametrize("chunks", [[64, 64], [40, 72, 8], [300, 1, 33, 500]])
@@ -65,6 +67,17 @@ def test_integers_are_exact(device, poison, products, widths, chunks):
     exact = sum(x.float().t() @ y.float() for x, y in zip(a, b, strict=True))
     assert torch.equal(_sum(device, a, b), exact.bfloat16())
     assert products == [(i == 0, i == len(chunks) - 1) for i in range(len(chunks))]
+
+
+@pytest.mark.parametrize("factor", [3.0, -0.7, 1e-3])
+def test_scaling_rounds_anew(device, products, factor):
+    a, b = torch.randn(2, 64, VOCAB, device=device).bfloat16(), torch.randn(2, 64, HIDDEN, device=device).bfloat16()
+    first, second = (x.double().t() @ y.double() for x, y in zip(a, b, strict=True))
+    exact = factor * (first + second)
+    error = (_sum(device, a, b, factor).double() - exact).abs()
+    # Rounded twice, some would be off by nearly twice the half of a last place. Each product and sum has 16 digits.
+    assert (error <= 2**-8 * exact.abs() + 2**-14 * abs(factor) * (first.abs() + second.abs())).all()
+    assert products
 
 
 @on_hopper
@@ -108,6 +121,28 @@ def test_rounding_to_24_bits(device):
     rounded = torch.where(x.isfinite(), (bits + 0x80) & 0xFFFFFF00, bits & 0xFFFFFF00)
     assert torch.equal(y.view(torch.int32), rounded.to(torch.int32))
     assert torch.equal(y.isnan(), x.isnan())
+
+
+@triton.jit
+def _rounded_and_back(x_ptr, result_ptr, y_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    rounded, rest = _hopper_sum.to_result(tl.load(x_ptr + at))
+    tl.store(result_ptr + at, rounded)
+    tl.store(y_ptr + at, _hopper_sum.from_result(rounded, rest))
+
+
+def test_result_and_rest(device):
+    """The result is what a cast gives. The rest has half of 256ths of its last place; 128 of them are 127."""
+    ties = [257.0, 259.0, -257.0, 1.0 + 2**-8, 2.0 - 2**-8, 2.0 - 2**-9, 0.0, -0.0, 1e-40, float("inf"), float("-inf")]
+    x = torch.tensor(ties + [0.0] * 5 + torch.randn(240).tolist(), device=device)
+    result, y = torch.empty(len(x), dtype=torch.int16, device=device), torch.empty_like(x)
+    _rounded_and_back[(1,)](x, result, y, len(x))
+    rounded = x.bfloat16()
+    assert torch.equal(result.view(torch.bfloat16), rounded)
+    assert torch.equal(y[~x.isfinite()], x[~x.isfinite()])
+    places = rounded.view(torch.int16).int() << 16
+    off = (y.view(torch.int32) - x.view(torch.int32)).abs()
+    assert (off[x.isfinite()] <= torch.where(x.view(torch.int32) - places == 0x8000, 0x100, 0x80)[x.isfinite()]).all()
 
 
 def _functions(target, budget, **options):

@@ -324,6 +324,9 @@ def optimized_class(cls: type) -> type:
                 _remember(self, program, cls.forward, args, kwargs)
         return cls.forward(self, *args, **kwargs) if function is None else function(self, leaves)
 
+    # Code of its own, as the original's is: a compiler keeps so many variants of one code object, and then compiles it
+    # no more, whatever module runs it.
+    forward.__code__ = forward.__code__.replace()
     body = {
         "forward": forward,
         "_original_class": cls,

@@ -203,6 +203,16 @@ def test_logits_inside_what_is_compiled_have_their_gradient(device):
     assert_equal(expected, found)
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_models_of_other_classes_do_not_use_up_what_may_be_compiled():
+    """The compiler keeps no more than so many variants of one code object."""
+    for family in ("llama", "qwen3", "phi3"):
+        optimised = ligerfx.optimize(make(family, num_hidden_layers=1))
+        inputs = default_batch(optimised)
+        loss = optimised(**inputs).loss
+        assert torch.equal(torch.compile(optimised, backend="eager", fullgraph=True)(**inputs).loss, loss)
+
+
 def test_a_step_that_is_compiled_before_its_first_call_warns(device):
     """And is compiled anew when the model has learnt that kind of call."""
     model, inputs = on(device, "llama")

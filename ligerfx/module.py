@@ -97,6 +97,7 @@ class Session:
     limit: int | None = None  # how many rewrites a program has at most
     programs: dict[tuple, list[Program]] = field(default_factory=dict)
     captured: dict[tuple, tuple[Capture, FakeInputs]] = field(default_factory=dict)  # in a caller, and not yet compiled
+    twins: dict[int, weakref.WeakSet[OptimizedModule]] = field(default_factory=dict)  # by the number of their program
     lock: Any = field(default_factory=threading.RLock)
 
     def compile(self, capture: Capture, fakes: FakeInputs) -> Program:
@@ -167,6 +168,14 @@ class Session:
         program = self._learnt(capture, tracer.fakes)
         programs.append(program)
         return program
+
+    def add_twin(self, module: OptimizedModule) -> None:
+        self.twins.setdefault(module._ligerfx_program.number, weakref.WeakSet()).add(module)
+
+    def twins_of(self, module: OptimizedModule) -> list[OptimizedModule]:
+        """The modules that began with this one's program and are like it still, itself included."""
+        kind = structure(module)
+        return [m for m in self.twins.get(module._ligerfx_program.number, ()) if structure(m) == kind]
 
     def _learnt(self, capture: Capture, fakes: FakeInputs) -> Program:
         program = self.compile(capture, fakes)
@@ -259,6 +268,7 @@ class OptimizedModule(GraphModule):
         new = memo[id(self)] = object.__new__(type(self))
         state = {k: v for k, v in self.__dict__.items() if k != "_graph"}
         new.__dict__.update(copy.deepcopy(state, memo))
+        new._ligerfx_session.add_twin(new)
         return new
 
     def __copy__(self) -> OptimizedModule:
@@ -344,6 +354,7 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
     module.__dict__["_ligerfx_programs"] = {program.number: program} if program.function else {}
     module.__dict__["_ligerfx_entries"] = ()
     module.__dict__["_ligerfx_defers_logits"] = program.defers_logits
+    session.add_twin(module)
 
 
 def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
@@ -363,12 +374,21 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
     session = module._ligerfx_session
     with session.lock:
         program = session.program_for(module, key, leaves, args, kwargs)
-    programs[program.number] = program
-    if program.defers_logits:
-        module.__dict__["_ligerfx_defers_logits"] = True
+        _learn(module, program)
+        # Those like it would come to the same. Layers that are compiled one by one share their compiled code as long as
+        # they know the same.
+        for twin in session.twins_of(module):
+            if len(twin._ligerfx_programs) < MAX_SIGNATURES and program.guard(twin, leaves):
+                _learn(twin, program)
     warn_of_full_logits(module, program)
     # A capture that does not even serve the call that it was made for must not run.
     return (program if program.guard(module, leaves) else None), leaves
+
+
+def _learn(module: OptimizedModule, program: Program) -> None:
+    module._ligerfx_programs[program.number] = program
+    if program.defers_logits:
+        module.__dict__["_ligerfx_defers_logits"] = True
 
 
 def find_function(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Callable | None, list]:

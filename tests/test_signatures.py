@@ -174,3 +174,26 @@ def test_attention_implementation_changed_afterwards(pair, implementation):
     for m in pair:
         m.set_attn_implementation(implementation)
     assert_same(model, optimised, batch(model, 2, 9, padding="left"))
+
+
+def test_layers_that_are_alike_learn_together(device):
+    """And one that has become another learns by itself, and computes what it has become."""
+    model = make("llama", num_hidden_layers=3, device=device)
+    optimised = ligerfx.optimize(model)
+    changed = torch.nn.Sequential(optimised.model.layers[2].self_attn.q_proj, torch.nn.Tanh())
+    for m in (model, optimised):
+        m.model.layers[2].self_attn.q_proj = changed
+    inputs = batch(model)
+    hidden = model.model.embed_tokens(inputs["input_ids"])
+    rotary = model.model.rotary_emb(hidden, inputs["position_ids"])
+
+    def learnt():
+        return [set(layer._ligerfx_programs) - known for layer in optimised.model.layers]
+
+    known = set(optimised.model.layers[0]._ligerfx_programs)
+    for number in range(3):  # without a mask, as `optimize` did not see them
+        layer, original = optimised.model.layers[number], model.model.layers[number]
+        assert torch.equal(layer(hidden, position_embeddings=rotary), original(hidden, position_embeddings=rotary))
+        first, second, third = learnt()
+        assert first == second and len(first) == 1
+        assert len(third) == (number == 2) and not third & first

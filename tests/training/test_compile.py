@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import compile_regions
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -201,6 +202,38 @@ def test_logits_inside_what_is_compiled_have_their_gradient(device):
     loss.backward()
     found = loss.detach(), {name: parameter.grad for name, parameter in optimised.named_parameters()}
     assert_equal(expected, found)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("prepare", [lambda model: model, copy.deepcopy], ids=["optimised", "copied"])
+def test_layers_that_are_compiled_one_by_one_share_their_code(family, prepare):
+    """Before any of them has been called, in a way that optimize did not see."""
+    _, inputs = on("cpu", family)
+    model = make(family, num_hidden_layers=3)
+    expected = losses_and_gradients(model, inputs)
+    optimised = prepare(ligerfx.optimize(model))
+    graphs = Recorded("eager")
+    for layer in optimised.model.layers:
+        layer.compile(backend=graphs, fullgraph=True)
+    loss, gradients = losses_and_gradients(optimised, inputs | {"use_cache": False})
+    assert len(graphs.graphs) == 1 and graphs.count("autograd_function_apply")
+    torch.testing.assert_close(loss, expected[0])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[1][name])
+
+
+def test_regions_of_accelerate(references):
+    """It compiles layer by layer, and what is not in layers."""
+    model, inputs = on("cpu", "llama")
+
+    def loss_of(whole):
+        torch.compiler.reset()
+        graphs = Recorded("eager")
+        return compile_regions(whole, backend=graphs)(**inputs | {"use_cache": False}).loss, len(graphs.graphs)
+
+    model = make("llama", num_hidden_layers=3)
+    (expected, count), (loss, compiled) = map(loss_of, (model, ligerfx.optimize(model)))
+    assert torch.equal(loss, expected) and compiled == count
 
 
 @torch._dynamo.config.patch(recompile_limit=1)

@@ -360,11 +360,9 @@ def install(module: OptimizedModule, session: Session, program: Program) -> None
 def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Program | None, list]:
     """The program that serves this call, learnt now if need be; None for the original forward."""
     key, leaves = call_key(args, kwargs)
-    programs = module._ligerfx_programs
-    for program in list(programs.values()):  # another thread may learn one
-        if program.capture.key == key and program.guard(module, leaves):
-            return program, leaves
-    if len(programs) >= MAX_SIGNATURES:
+    if program := _known(module, key, leaves):
+        return program, leaves
+    if len(module._ligerfx_programs) >= MAX_SIGNATURES:
         _warn_once(
             module,
             f"{type(module).__name__} was called in more than {MAX_SIGNATURES} ways (dtypes, kinds of arguments, "
@@ -378,11 +376,17 @@ def find_program(module: OptimizedModule, args: tuple, kwargs: dict) -> tuple[Pr
         # Those like it would come to the same. Layers that are compiled one by one share their compiled code as long as
         # they know the same.
         for twin in session.twins_of(module):
-            if len(twin._ligerfx_programs) < MAX_SIGNATURES and program.guard(twin, leaves):
+            has_room = len(twin._ligerfx_programs) < MAX_SIGNATURES
+            if has_room and not _known(twin, key, leaves) and program.guard(twin, leaves):
                 _learn(twin, program)
     warn_of_full_logits(module, program)
     # A capture that does not even serve the call that it was made for must not run.
     return (program if program.guard(module, leaves) else None), leaves
+
+
+def _known(module: OptimizedModule, key: tuple, leaves: list) -> Program | None:
+    programs = list(module._ligerfx_programs.values())  # another thread may learn one
+    return next((p for p in programs if p.capture.key == key and p.guard(module, leaves)), None)
 
 
 def _learn(module: OptimizedModule, program: Program) -> None:

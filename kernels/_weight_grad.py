@@ -8,6 +8,9 @@ from . import _hopper_sum
 from ._hopper_sum import from_result, to_result
 from ._runtime import ceil_div, jit, launch_device, num_sms, tl
 
+SCALED = 4096
+"""Numbers that are scaled at a time."""
+
 
 @jit
 def _scale_kernel(source_ptr, result_ptr, factor_ptr, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
@@ -23,16 +26,15 @@ def _scale_kernel(source_ptr, result_ptr, factor_ptr, n, IN_PLACE: tl.constexpr,
 
 def scale_to(source: torch.Tensor, factor: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
     """result = source * factor, both contiguous; result may be source, but not overlap it otherwise."""
-    n, block = source.numel(), 4096
-    if n:
+    if n := source.numel():
         with launch_device(source):
             in_place = result.data_ptr() == source.data_ptr()
-            _scale_kernel[_grid(source, block)](source, result, factor, n, in_place, block, num_warps=8)
+            _scale_kernel[_grid(source)](source, result, factor, n, in_place, SCALED, num_warps=8)
     return result
 
 
-def _grid(tensor: torch.Tensor, block: int) -> tuple[int]:
-    return (min(ceil_div(tensor.numel(), block), 16 * num_sms(tensor)),)
+def _grid(tensor: torch.Tensor) -> tuple[int]:
+    return (min(ceil_div(tensor.numel(), SCALED), 16 * num_sms(tensor)),)
 
 
 @jit
@@ -82,8 +84,8 @@ class WeightGrad:
     free half of it a little earlier, but not lower the peak: that is in the forward, while there is a chunk of
     logits as well.
 
-    One of 24 bits takes one and a half times the result's memory. Its last product rounds, which is for nothing only
-    where the incoming gradient is not 1: see `_hopper_sum`.
+    One of 24 bits takes one and a half times the result's memory. Its last product rounds, and leaves what that took
+    for `scaled`, which rounds anew where the incoming gradient is not 1: see `_hopper_sum`.
     """
 
     def __init__(self, weight: torch.Tensor, bits: int | None = None):
@@ -146,10 +148,9 @@ class WeightGrad:
         if self.empty:
             return self.result.zero_()
         if self.lower is not None:
-            block = 4096
             with launch_device(self.result):
-                _scale_rounded_kernel[_grid(self.result, block)](
-                    *self.parts, self.lower, factor, self.result.numel(), block, num_warps=8
+                _scale_rounded_kernel[_grid(self.result)](
+                    *self.parts, self.lower, factor, self.result.numel(), SCALED, num_warps=8
                 )
             return self.result
         if len(self.parts) == 1:

@@ -208,8 +208,9 @@ def test_logits_inside_what_is_compiled_have_their_gradient(device):
 @pytest.mark.parametrize("prepare", [lambda model: model, copy.deepcopy], ids=["optimised", "copied"])
 def test_layers_that_are_compiled_one_by_one_share_their_code(family, prepare):
     """Before any of them has been called, in a way that optimize did not see."""
-    _, inputs = on("cpu", family)
     model = make(family, num_hidden_layers=3)
+    inputs = default_batch(model)
+    inputs.pop("attention_mask")
     expected = losses_and_gradients(model, inputs)
     optimised = prepare(ligerfx.optimize(model))
     graphs = Recorded("eager")
@@ -224,14 +225,15 @@ def test_layers_that_are_compiled_one_by_one_share_their_code(family, prepare):
 
 def test_regions_of_accelerate(references):
     """It compiles layer by layer, and what is not in layers."""
-    model, inputs = on("cpu", "llama")
+    model = make("llama", num_hidden_layers=3)
+    inputs = default_batch(model) | {"use_cache": False}
+    inputs.pop("attention_mask")
 
     def loss_of(whole):
         torch.compiler.reset()
         graphs = Recorded("eager")
-        return compile_regions(whole, backend=graphs)(**inputs | {"use_cache": False}).loss, len(graphs.graphs)
+        return compile_regions(whole, backend=graphs)(**inputs).loss, len(graphs.graphs)
 
-    model = make("llama", num_hidden_layers=3)
     (expected, count), (loss, compiled) = map(loss_of, (model, ligerfx.optimize(model)))
     assert torch.equal(loss, expected) and compiled == count
 

@@ -247,6 +247,17 @@ def takes(rows: torch.Tensor, n_cols: int, weights: list[torch.Tensor], others: 
     )
 
 
+def _describe(matrix: torch.Tensor, block: list[int]) -> Any:
+    """`TensorDescriptor.from_tensor`, without what its constructor checks again: `loads` has."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.base = matrix
+    descriptor.shape = matrix.shape
+    descriptor.strides = matrix.stride()
+    descriptor.block_shape = block
+    descriptor.layout = stage_layout(block[1])
+    return descriptor
+
+
 def launch(
     kernel: Any, factors: list[tuple[torch.Tensor, list[int]]], n_rows: int, n_cols: int, width: int, *args: Any
 ) -> bool:
@@ -263,7 +274,7 @@ def launch(
     programs = min(num_sms(first), ceil_div(n_rows, ROWS.value) * ceil_div(n_cols, width))
     try:
         with launch_device(first):
-            described = [TensorDescriptor.from_tensor(t, block, stage_layout(block[1])) for t, block in factors]
+            described = [_describe(*factor) for factor in factors]
             kernel[(programs,)](*described, *args, num_warps=4)
     except Exception as error:
         _refused.append(f"{type(error).__name__}: {error}")

@@ -132,7 +132,8 @@ def exponentials(
     """
     factors = [(x, [ROWS.value, DEEP.value]), (weight, [2 * HALF.value, DEEP.value])]
     pointers = (shift, label, result, exponent, sums, tops)
+    n_rows, (n_cols, depth) = x.shape[0], weight.shape
     return _hopper.launch(
-        _exponentials_kernel, factors, len(x), len(weight), 2 * HALF.value,
-        pointers, needed, result.stride(0), scale * LOG2_E.value, len(x), (len(weight), x.shape[1]), softcap,
+        _exponentials_kernel, factors, n_rows, n_cols, 2 * HALF.value,
+        pointers, needed, result.stride(0), scale * LOG2_E.value, n_rows, (n_cols, depth), softcap,
     )  # fmt: skip

@@ -89,12 +89,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 _here = contextlib.nullcontext()
+# What torch.cuda.current_device comes to once CUDA is initialised, as it is where a tensor lies on a GPU.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make the tensor's GPU current: Triton launches on the current device, whatever its arguments are."""
     index = tensor.get_device()
-    return _here if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+    return _here if index < 0 or index == _current_device() else torch.cuda.device(index)
 
 
 # Parameters that change with the batch and only tell where its rows end. Triton would compile for multiples of 16, for
@@ -113,7 +115,7 @@ class _Kernel:
     def __init__(self, function: Callable, language: Any) -> None:
         self.kernel = language.jit(function, do_not_specialize=_COUNTS)
         self.is_constant = [parameter.is_constexpr for parameter in self.kernel.params]
-        self.launchers: dict[tuple[type, ...], Callable] = {}
+        self.launchers: dict[tuple, Callable] = {}  # by _types_of the arguments
         self.compiled_ahead: list[Any] = []  # perhaps still being compiled
         functools.update_wrapper(self, function)
 
@@ -131,10 +133,12 @@ class _Kernel:
             self.kernel[grid](*args, num_warps=num_warps)
             return
         types = tuple(map(type, args))
+        if tuple in types:
+            types = _types_of(args)
         launcher = self.launchers.get(types)
         if launcher is None:
             launcher = self.launchers[types] = _launcher(self, types)
-        launcher(grid, torch.cuda.current_device(), num_warps, *args)
+        launcher(grid, _current_device(), num_warps, *args)
 
     def launch_first(self, grid: tuple[int, ...], *args: Any, num_warps: int) -> Any:
         """Launches by way of Triton, which compiles what has not been, and gives the compiled variant."""
@@ -145,25 +149,41 @@ class _Kernel:
         return self.kernel[grid](*args, num_warps=num_warps)
 
 
-def _launcher(kernel: _Kernel, types: tuple[type, ...]) -> Callable:
+def _types_of(arguments: tuple) -> tuple:
+    """Their types; of a tuple, those of its items."""
+    return tuple([_types_of(argument) if type(argument) is tuple else type(argument) for argument in arguments])
+
+
+def _launcher(kernel: _Kernel, types: tuple) -> Callable:
     """A function of (grid, device, num_warps, *args) that launches the kernel with arguments of these types.
 
     It is written out for them. Tensors are handed on as addresses: their alignment has been asked for already, and
     Triton would ask the driver about each.
     """
-    names = [f"a{i}" for i in range(len(types))]
-    handed, reads, kinds = list(names), [], []
-    for i, (name, kind, constant) in enumerate(zip(names, types, kernel.is_constant, strict=True)):
+    reads = []
+    kinds = []  # what of the arguments Triton compiles for besides their types
+
+    def handed(name: str, kind: type | tuple, constant: bool = False) -> str:
+        """How the argument of that name and type is handed on."""
         if constant:
             kinds.append(name)
+        elif isinstance(kind, tuple):
+            items = [f"{name}_{i}" for i in range(len(kind))]
+            reads.append(f"[{', '.join(items)}] = {name}")
+            return f"({''.join(f'{handed(*item)}, ' for item in zip(items, kind, strict=True))})"
         elif kind in PLAIN:
-            handed[i] = f"p{i}"
-            reads.append(f"p{i} = {name}.data_ptr()")
-            kinds += f"{name}.dtype", f"p{i} % 16 == 0"
+            address = f"{name}_address"
+            reads.append(f"{address} = {name}.data_ptr()")
+            kinds.extend([f"{name}.dtype", f"{address} % 16 == 0"])
+            return address
         elif kind is int:
-            kinds += f"{name} == 1", f"{name} % 16 == 0", f"{name}.bit_length() > 31"
+            kinds.extend([f"{name} == 1", f"{name} % 16 == 0", f"{name}.bit_length() > 31"])
         elif kind is not float and kind is not type(None):
-            kinds.append(f"kind_of({name})")
+            kinds.extend([f"{name}.base.dtype", f"*{name}.block_shape"])  # a descriptor
+        return name
+
+    names = [f"a{i}" for i in range(len(types))]
+    arguments = [handed(*argument) for argument in zip(names, types, kernel.is_constant, strict=True)]
     code = f"""
 def launch(grid, device, num_warps, {", ".join(names)}):
     {"; ".join(reads)}
@@ -174,27 +194,13 @@ def launch(grid, device, num_warps, {", ".join(names)}):
         return
     x, y, z = (*grid, 1, 1)[:3]
     variant.run(
-        x, y, z, stream_of(device), variant.function, variant.packed_metadata, None, None, None, {", ".join(handed)}
+        x, y, z, stream_of(device), variant.function, variant.packed_metadata, None, None, None, {", ".join(arguments)}
     )
 """
     stream_of = torch._C._cuda_getCurrentRawStream
-    space = {"launch_first": kernel.launch_first, "variants": {}, "kind_of": _kind, "stream_of": stream_of}
+    space = {"launch_first": kernel.launch_first, "variants": {}, "stream_of": stream_of}
     exec(compile(code, f"<ligerfx launch of {kernel.__name__}>", "exec"), space)
     return space["launch"]
-
-
-def _kind(argument: Any) -> Any:
-    """What of an argument Triton compiles for: a tensor's dtype and alignment, a number's divisibility and width."""
-    kind = type(argument)
-    if kind in PLAIN:
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if kind is int:
-        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
-    if argument is None or kind is float:
-        return kind
-    if kind is tuple:
-        return tuple(map(_kind, argument))
-    return argument.base.dtype, *argument.block_shape  # a descriptor
 
 
 def jit(function: Callable, language: Any = triton) -> Any:

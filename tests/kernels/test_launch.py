@@ -40,7 +40,7 @@ def launch(monkeypatch):
     launched = _runtime._Kernel(lambda: None, types.SimpleNamespace(jit=lambda function, **_: kernel))
 
     def launch(*args, grid=(3, 2), device=0, num_warps=4):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+        monkeypatch.setattr(_runtime, "_current_device", lambda: device)
         launched[grid](*args, num_warps=num_warps)
         return len(kernel.compiled)
 
@@ -85,9 +85,16 @@ def test_variants(launch, change, compiles):
 
 def test_tuples_are_looked_into(launch):
     x = torch.zeros(64)
-    assert launch(x, (x, x), 5, "c") == launch(x, (x, x.clone()), 5, "c") == 1
+    y = x.clone()
+    assert launch(x, (x, x), 5, "c") == launch(x, (x, y), 5, "c") == 1
+    assert launch.kernel.launched[0][-3:] == ((x.data_ptr(), y.data_ptr()), 5, "c")
     assert launch(x, (x, x[1:]), 5, "c") == 2
     assert launch(x, (x, x.half()), 5, "c") == 3
+    assert launch(x, (x, 3), 5, "c") == launch(x, (x, 5), 5, "c") == 4
+    assert launch(x, (x, 16), 5, "c") == 5
+    assert launch(x, (x, None), 5, "c") == launch(x, (x, None), 5, "c") == 6
+    assert launch(x, ((x, 3),), 5, "c") == launch(x, ((y, 3),), 5, "c") == 7
+    assert launch(x, (), 5, "c") == 8
 
 
 def test_warps_and_devices(launch):

@@ -22,11 +22,10 @@ class CountedRows:
         target = target.reshape(-1)
         counts = target != ignore_index
         self.size, self.ignore_index, self.n_valid = target.numel(), ignore_index, counts.sum()
-        self._order = self._n_valid = self._arrived = None
+        self._counts = self._n_valid = self._arrived = None
         # How many rows are kept decides the shapes, which a CUDA graph could not follow.
         if not capturing(target):
-            # The rows that count come first, in order, without their number being known here.
-            self._order = counts.argsort(descending=True, stable=True)
+            self._counts = counts
             if target.is_cuda:
                 self._n_valid = torch.empty((), dtype=torch.int64, pin_memory=True)
                 self._n_valid.copy_(self.n_valid, non_blocking=True)
@@ -38,12 +37,15 @@ class CountedRows:
     def kept(self) -> torch.Tensor | None:
         """The indices of the rows that count, ascending, int64; None if all of them are to be computed, since all or
         nearly all count. Waits until the device has them."""
-        if self._order is None:
+        if self._counts is None:
             return None
         if self._arrived is not None:
             self._arrived.synchronize()
         n_valid = int(self._n_valid)
-        return None if n_valid > self.size * WORTH_GATHERING else self._order[:n_valid]
+        if n_valid > self.size * WORTH_GATHERING:
+            return None
+        # Those that count come first, in order. (nonzero() would wait for the device, to count them itself.)
+        return self._counts.argsort(descending=True, stable=True)[:n_valid]
 
 
 def capturing(tensor: torch.Tensor) -> bool:

@@ -230,7 +230,7 @@ def glu_mlp(
         True
     """
     check_mlp("glu_mlp", x, gate_weight, up_weight, weight, bias, activation)
-    if not use_triton(x, gate_weight, up_weight, weight, bias, projection=gate_weight):
+    if not use_triton(x, gate_weight, up_weight, weight, bias):
         return mlp_reference(x, gate_weight, up_weight, weight, bias, activation)
     return mlp(x, gate_weight, up_weight, weight, bias, activation, recompute)
 
@@ -267,6 +267,6 @@ def packed_glu_mlp(
         torch.Size([2, 5, 4])
     """
     check_mlp("packed_glu_mlp", x, gate_up_weight, None, weight, bias, activation)
-    if not use_triton(x, gate_up_weight, weight, bias, projection=gate_up_weight):
+    if not use_triton(x, gate_up_weight, weight, bias):
         return mlp_reference(x, gate_up_weight, None, weight, bias, activation)
     return mlp(x, gate_up_weight, None, weight, bias, activation, recompute)

@@ -148,7 +148,7 @@ def rms_norm_mlp(
         (torch.Size([2, 5, 8]), True)
     """
     _check(x, norm_weight, gate_weight, up_weight, weight, residual, cast, activation)
-    if not use_triton(x, residual, norm_weight, gate_weight, up_weight, weight, projection=gate_weight):
+    if not use_triton(x, residual, norm_weight, gate_weight, up_weight, weight):
         return _plain(x, residual, norm_weight, gate_weight, up_weight, weight, eps, offset, cast, activation)
     cast_after = cast == "after_weight"
     layers = [(w, None) for w in (gate_weight, up_weight, weight) if w is not None]

@@ -95,7 +95,7 @@ def test_kernels_run_in_the_first_call_of_a_compiled_model(device, family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_compiler_gets_the_plain_operations_of_a_small_model(device, monkeypatch, family):
-    monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", 2**21)
+    monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", 2**22)
     model, inputs = on(device, family)
     backend = Recorded()
     compiled = torch.compile(ligerfx.optimize(model), backend=backend, fullgraph=True)

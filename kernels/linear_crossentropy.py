@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _hopper_sum, _unnormalised
 from ._autograd import apply
+from ._linear import no_autocast
 from ._operators import operator
 from ._runtime import PLAIN, autocast_dtype, ceil_div, jit, launch_device, tl, triton, use_triton
 from ._weight_grad import WeightGrad, columns_inside, empty_rows, padded, scale_to
@@ -292,7 +293,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, target, rows, options, grad_enabled):
         needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             loss, *results = _loss_and_grads(x, weight, bias, target, rows, options, *needs)
         ctx.save_for_backward(x, weight, bias, target)
         ctx.rows, ctx.options, ctx.needs, ctx.results = rows, options, needs, results
@@ -305,7 +306,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # The first backward takes the stored gradients, to scale them in place and to free them; one that
         # comes again (retain_graph) computes them anew.
         results, ctx.results = ctx.results, None
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             if results is None:
                 _, *results = _loss_and_grads(x, weight, bias, target, ctx.rows, ctx.options, *ctx.needs)
             return *_scaled(results, dloss, x, bias), None, None, None, None
@@ -338,7 +339,7 @@ def _loss_holding_grads(x, *args):
     As results of their own they could not be scaled in place: each would be read and written once more, although the
     incoming gradient mostly is 1.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         loss, *results = _compute(x, *args)
     holder = torch.empty(0, device=x.device)
     holder.results = results
@@ -356,7 +357,7 @@ def _gradient_results(holder, dloss, x, weight, bias, target, loss, mean, budget
 def _held_grads(holder, dloss, x, weight, bias, *args):
     """The wanted gradients, computed anew if a backward has had them or hooks on saved tensors copied the holder."""
     results, holder.results = getattr(holder, "results", None), None
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         if results is None:
             _, *results = _compute(x, weight, bias, *args)
         return [grad for grad in _scaled(results, dloss, x, bias) if grad is not None]

@@ -99,13 +99,14 @@ def _dx_kernel(product_ptr, a_ptr, hot_ptr, label_ptr, w_ptr, to_ptr, dx_ptr, w_
     """dx = a * product + hot * weight[label]; to_ptr: which row of dx, or None for the same."""
     row = tl.program_id(0).to(tl.int64)
     a, hot, label = tl.load(a_ptr + row), tl.load(hot_ptr + row), tl.load(label_ptr + row).to(tl.int64)
+    labelled = tl.where(label >= 0, H, 0)  # columns of the label's row
     to = row
     if to_ptr is not None:
         to = tl.load(to_ptr + row)
     for start in range(0, H, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         mask = cols < H
-        w = tl.load(w_ptr + label * w_stride + cols, mask=mask & (label >= 0), other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + label * w_stride + cols, mask=cols < labelled, other=0.0).to(tl.float32)
         dx = a * tl.load(product_ptr + row * H + cols, mask=mask, other=0.0) + hot * w
         tl.store(dx_ptr + to * H + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 

@@ -17,7 +17,7 @@ import torch
 from torch.fx.experimental.sym_node import SymNode
 from torch.utils._sympy.functions import FloorDiv
 
-TRIED = (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 14)
+TRIED = (2, 11) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 15)
 """Whether torch's internals are those that this, and the copying of fakes, were written for. With others, torch's own
 way is taken, and capture takes longer."""
 

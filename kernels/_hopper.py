@@ -19,7 +19,7 @@ import torch
 from ._runtime import HAS_TRITON, INTERPRET, PLAIN, ceil_div, jit, launch_device, num_sms, tl, triton
 
 TRIED = HAS_TRITON and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 7)
-"""Whether Gluon is as it was when these kernels ran on an H100. (They compile with Triton 3.8.)"""
+"""Whether Gluon is as it was when these kernels ran on an H100. (They compile with 3.8 and 3.9, too.)"""
 
 try:
     if not TRIED or INTERPRET:
@@ -55,6 +55,10 @@ DEEP = tl.constexpr(64)
 SHALLOW = tl.constexpr(32)
 
 if HAS_GLUON:
+    # As Triton 3.8 and 3.9 call them, or as releases before did.
+    load_block = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
     SLAB_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread, whole rows
     hopper_jit = functools.partial(jit, language=gluon)
 
@@ -129,8 +133,8 @@ if HAS_GLUON:
             row, col = corner(tile, n_rows, n_cols, 2 * HALF)
             for k in range(0, depth, DEPTH):
                 stage, barrier = stage_to_fill(step, loaded, free, a_d.block_type.nbytes + b_d.block_type.nbytes)
-                tma.async_copy_global_to_shared(a_d, [k, row] if A_TURNED else [row, k], barrier, a_s.index(stage))
-                tma.async_copy_global_to_shared(b_d, [k, col] if B_TURNED else [col, k], barrier, b_s.index(stage))
+                load_block(a_d, [k, row] if A_TURNED else [row, k], barrier, a_s.index(stage))
+                load_block(b_d, [k, col] if B_TURNED else [col, k], barrier, b_s.index(stage))
                 step += 1
 
     @gluon.jit
@@ -181,7 +185,7 @@ if HAS_GLUON:
 
     @gluon.jit
     def slabs_of(panels):
-        return panels._reinterpret(panels.dtype, [4 * SLABS, SLAB, PANEL], panels.layout)
+        return reinterpret(panels, panels.dtype, [4 * SLABS, SLAB, PANEL], panels.layout)
 
     @gluon.jit
     def slab_at(row, col, n_rows, n_cols):

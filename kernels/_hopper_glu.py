@@ -7,7 +7,7 @@ from ._activations import in_triton
 from ._hopper import DEEP, HALF, HAS_GLUON, PANEL, ROWS, SHALLOW
 
 if HAS_GLUON:
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
     from ._hopper import (
         SLAB,
@@ -20,6 +20,7 @@ if HAS_GLUON:
         gluon,
         halves,
         hopper_jit,
+        load_block,
         load_factors,
         load_slab,
         multiply,
@@ -89,13 +90,13 @@ if HAS_GLUON:
             row, col = corner(tile, n_rows, n_cols, HALF)
             for k in range(0, depth, x_d.block_type.shape[1]):
                 stage, barrier = stage_to_fill(step, loaded, free, x_d.block_type.nbytes + 4 * gate_d.block_type.nbytes)
-                tma.async_copy_global_to_shared(x_d, [row, k], barrier, a_s.index(stage))
+                load_block(x_d, [row, k], barrier, a_s.index(stage))
                 # Each multiplying group has 64 columns of gate, and beside them the same 64 of up.
                 for half in gl.static_range(2):
                     at = [col + half * PANEL, k]
                     b = b_s.index(stage).slice(half * HALF, HALF)
-                    tma.async_copy_global_to_shared(gate_d, at, barrier, b.slice(0, PANEL))
-                    tma.async_copy_global_to_shared(up_d, at, barrier, b.slice(PANEL, PANEL))
+                    load_block(gate_d, at, barrier, b.slice(0, PANEL))
+                    load_block(up_d, at, barrier, b.slice(PANEL, PANEL))
                 step += 1
 
     @gluon.jit

@@ -48,7 +48,7 @@ def to_result(x):
 if HAS_GLUON:
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-    from ._hopper import corner, count_tiles, gl, gluon, halves, hopper_jit, load_factors, multiply, stages
+    from ._hopper import corner, count_tiles, gl, gluon, halves, hopper_jit, load_factors, multiply, reinterpret, stages
 
     # Rows of 128 numbers are 256 and 128 bytes. Of eight rows, no two have the same column in the same banks.
     UPPER_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
@@ -79,8 +79,8 @@ if HAS_GLUON:
         upper_ptr, lower_ptr = pointers
         half = i // SUM_SLABS
         mbarrier.wait(full.index(half), turn & 1, pred=i % SUM_SLABS == 0)
-        uppers = uppers._reinterpret(gl.int16, [2 * SUM_SLABS, SUM_ROWS, HALF], UPPER_LAYOUT)
-        lowers = lowers._reinterpret(gl.uint8, [2 * SUM_SLABS, SUM_ROWS, HALF], LOWER_LAYOUT)
+        uppers = reinterpret(uppers, gl.int16, [2 * SUM_SLABS, SUM_ROWS, HALF], UPPER_LAYOUT)
+        lowers = reinterpret(lowers, gl.uint8, [2 * SUM_SLABS, SUM_ROWS, HALF], LOWER_LAYOUT)
         total = from_24_bits(uppers.index(i).load(SUM_LAYOUT), lowers.index(i).load(SUM_LAYOUT))
         mbarrier.arrive(empty.index(half), pred=i % SUM_SLABS == SUM_SLABS - 1)
         if not FIRST:

@@ -1,13 +1,11 @@
 """What is trained, and the variants that train it: ligerfx and its peers."""
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LOW_MEMORY: dict[str, Any] = {"low_memory": True}
 
@@ -21,7 +19,6 @@ class Workload(NamedTuple):
     config: dict[str, Any]
     steps: int = 8  # timed, a round
     attention: str = "sdpa"
-    sdpa: str = "torch"  # which kernels of SDPA are preferred: those that torch chooses, or "cudnn"
 
 
 SMALL = {
@@ -114,14 +111,6 @@ WORKLOADS = {
         },
     ),
 }
-
-
-def preferring(sdpa: str) -> contextlib.AbstractContextManager:
-    """A context in which SDPA prefers the kernels that a workload's `sdpa` names."""
-    if sdpa == "torch":
-        return contextlib.nullcontext()
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
 
 
 def build(model_type: str, config: dict[str, Any], device: str, attention: str = "sdpa") -> nn.Module:

@@ -4,7 +4,6 @@
     python -m benchmarks.train --model small-host --variants eager,liger,ligerfx
     python -m benchmarks.train --model llama-1b --rounds 1 --profile liger,ligerfx --json out.json
     python -m benchmarks.train --model qwen3-0.6b --batch 1 --variants ligerfx,compile,ligerfx-compile
-    python -m benchmarks.train --model qwen3-0.6b --variants liger,ligerfx --sdpa cudnn
 
 Weights are random and bf16, attention is SDPA (eager for Gemma-2), labels are given and no attention mask is. Every
 measurement is a process of its own, and the results are written after each. Variants alternate, `--rounds` times over,
@@ -31,7 +30,7 @@ from rich.table import Table
 from benchmarks import workers
 from benchmarks.breakdown import FLOOR, FUSED, profile
 from benchmarks.environment import environment
-from benchmarks.models import VARIANTS, WORKLOADS, Workload, build, load, preferring
+from benchmarks.models import VARIANTS, WORKLOADS, Workload, build, load
 from benchmarks.tables import wide_console
 
 WARM_UP = 3  # steps; the first compiles kernels, the second still grows the allocator
@@ -124,17 +123,14 @@ def between(start: Any, end: Any) -> float:
 
 def workload_of(arguments: argparse.Namespace) -> Workload:
     workload = WORKLOADS[arguments.model]
-    return workload._replace(batch=arguments.batch or workload.batch, sdpa=arguments.sdpa)
+    return workload._replace(batch=arguments.batch) if arguments.batch else workload
 
 
 def work(arguments: argparse.Namespace) -> None:
     """The process of one measurement."""
     try:
         workload = workload_of(arguments)
-        with preferring(workload.sdpa):
-            workers.answer(
-                measure(arguments.worker, workload, arguments.steps, arguments.details, bool(arguments.profile))
-            )
+        workers.answer(measure(arguments.worker, workload, arguments.steps, arguments.details, bool(arguments.profile)))
     except Exception as error:
         workers.answer({"error": workers.reason(error)})
 
@@ -240,7 +236,6 @@ class Run:
         self.console.print(f"{spent:.0f} s: round {number + 1}: {name}", style="dim")
         options = ["--worker", name, "--model", self.arguments.model]
         options += ["--steps", str(self.arguments.steps or self.workload.steps), "--batch", str(self.workload.batch)]
-        options += ["--sdpa", self.workload.sdpa]
         if number == 0:
             options += ["--details"]
             options += ["--profile", name] if name in self.profiled else []
@@ -267,7 +262,6 @@ def main() -> None:
     parser.add_argument("--variants", default="eager,liger,ligerfx,compile", help=f"of {','.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch", type=int, help="sequences in a step; default: those of the model's workload")
-    parser.add_argument("--sdpa", choices=["torch", "cudnn"], default="torch", help="kernels that SDPA prefers")
     parser.add_argument("--steps", type=int, help="timed steps a round; default: 8, or 50 where steps are short")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--profile", default="", metavar="VARIANTS", help="these also by kernel; comma-separated")

@@ -164,11 +164,11 @@ def gated_product(
     Returns:
         As `launch` does.
     """
-    panel = [PANEL.value, (SHALLOW if x.shape[1] <= 1024 else DEEP).value]
+    (n_rows, depth), n_cols, tensors = x.shape, gate.shape[1], (gate, up, z)
+    panel = [PANEL.value, (SHALLOW if depth <= 1024 else DEEP).value]
     factors = [(x, [ROWS.value, panel[1]]), (gate_weight, panel), (up_weight, panel)]
-    tensors, n_cols = (gate, up, z), gate.shape[1]
-    arguments = tensors, tuple(t.stride(0) for t in tensors), len(x), (n_cols, x.shape[1]), in_triton(activation)
-    return _hopper.launch(_gated_product_kernel, factors, len(x), n_cols, HALF.value, *arguments)
+    arguments = tensors, tuple(t.stride(0) for t in tensors), n_rows, (n_cols, depth), in_triton(activation)
+    return _hopper.launch(_gated_product_kernel, factors, n_rows, n_cols, HALF.value, *arguments)
 
 
 def product_gradients(
@@ -191,7 +191,7 @@ def product_gradients(
     Returns:
         As `launch` does.
     """
+    (n_rows, depth), n_cols, tensors = dy.shape, gate.shape[1], (gate, up, dgate, dup)
     factors = [(dy, [ROWS.value, SHALLOW.value]), (weight, [SHALLOW.value, 2 * HALF.value])]
-    tensors, n_cols = (gate, up, dgate, dup), gate.shape[1]
-    arguments = tensors, tuple(t.stride(0) for t in tensors), len(dy), (n_cols, dy.shape[1]), in_triton(activation)
-    return _hopper.launch(_product_gradients_kernel, factors, len(dy), n_cols, 2 * HALF.value, *arguments)
+    arguments = tensors, tuple(t.stride(0) for t in tensors), n_rows, (n_cols, depth), in_triton(activation)
+    return _hopper.launch(_product_gradients_kernel, factors, n_rows, n_cols, 2 * HALF.value, *arguments)

@@ -15,7 +15,6 @@ At the label e is zero: its gradient, softmax - 1, would lose its digits there. 
 """
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 
@@ -208,8 +207,7 @@ def loss_and_dx(
             softcap, 512, num_warps=4,
         )  # fmt: skip
         labels = [label, *(label - first for first in itertools.accumulate(widths[:-1]))]  # as columns of each part
-        weights = weight.split(widths)
-        of_parts = list(zip(room, weights, labels, sums.split(blocks), tops.split(blocks), strict=True))
+        of_parts = list(zip(room, weight.split(widths), labels, sums.split(blocks), tops.split(blocks), strict=True))
         for turn in range(2):
             if not all(
                 _hopper_loss.exponentials(
@@ -225,22 +223,22 @@ def loss_and_dx(
             )  # fmt: skip
         del sums, tops, of_parts  # as large as the product below
         if dx is not None:
-            _write_dx(room, weight, weights, a, hot, label, to, dx)
+            _write_dx(room, weight, a, hot, label, to, dx)
     return a
 
 
 def _write_dx(
     room: list[torch.Tensor],
     weight: torch.Tensor,
-    weights: Sequence[torch.Tensor],
     a: torch.Tensor,
     hot: torch.Tensor,
     label: torch.Tensor,
     to: torch.Tensor | None,
     dx: torch.Tensor,
 ) -> None:
-    """dx of `loss_and_dx`, from the exponentials in room and the parts of weight; launches on the current device."""
+    """dx of `loss_and_dx`, from the exponentials in room; launches on the current device."""
     (n_rows,), hidden = a.shape, weight.shape[1]
+    weights = weight.split([part.shape[1] for part in room])
     rows = ceil_div(n_rows, ceil_div(n_rows, MOST_ROWS))
     for start in range(0, n_rows, rows):
         piece = slice(start, start + rows)

@@ -1,5 +1,8 @@
 """The product of a linear layer that ends in exponentials of its logits, on H100 and H200: see _hopper.py."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from . import _hopper
@@ -36,13 +39,24 @@ if HAS_GLUON:
         return gl.load(pointer + rows, mask=rows < n_rows, other=-1)
 
     @gluon.jit
-    def _finish_exponentials(panels, full, empty, pointers, stride, scale, tiles, sizes, SOFTCAP: gl.constexpr):
-        shift_ptr, label_ptr, result_ptr, exponent_ptr, sum_ptr, top_ptr = pointers
+    def _part_at(col, parts):
+        """Where the row 0 of the result's part with this column would have column 0, and from row to row there."""
+        results, strides, ends = parts
+        result, stride = results[0], strides[0]
+        for i in gl.static_range(1, len(results)):
+            result = gl.where(col >= ends[i - 1], results[i] - ends[i - 1], result)
+            stride = gl.where(col >= ends[i - 1], strides[i], stride)
+        return result, stride
+
+    @gluon.jit
+    def _finish_exponentials(panels, full, empty, pointers, parts, scale, tiles, sizes, SOFTCAP: gl.constexpr):
+        shift_ptr, label_ptr, exponent_ptr, sum_ptr, top_ptr = pointers
         n_rows, n_cols, depth = sizes
         slabs = slabs_of(panels)
         turn = 0
         for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
             top, left = corner(tile, n_rows, n_cols, 2 * HALF)
+            result_ptr, stride = _part_at(left, parts)
             for i in range(2 * SLABS):
                 half, at = i // SLABS, i % SLABS
                 row, col = top + at * SLAB, left + half * HALF
@@ -79,7 +93,7 @@ if HAS_GLUON:
             turn += 1
 
     @hopper_jit
-    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, stride, scale, n_rows, widths, SOFTCAP: gl.constexpr):
+    def _exponentials_kernel(x_d, weight_d, pointers, needed_ptr, parts, scale, n_rows, widths, SOFTCAP: gl.constexpr):
         n_cols, depth = widths
         sizes = (n_rows, n_cols, depth)
         tiles = gl.where(gl.load(needed_ptr) != 0, count_tiles(n_rows, n_cols, 2 * HALF), 0)
@@ -91,7 +105,7 @@ if HAS_GLUON:
             [
                 (multiply, (0, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, False, 16)),
                 (multiply, (1, a_s, b_s, panels, loaded, free, full, empty, tiles, steps, False, False, 16)),
-                (_finish_exponentials, (panels, full, empty, pointers, stride, scale, tiles, sizes, SOFTCAP)),
+                (_finish_exponentials, (panels, full, empty, pointers, parts, scale, tiles, sizes, SOFTCAP)),
                 (load_factors, (x_d, weight_d, a_s, b_s, loaded, free, tiles, sizes, False, False)),
             ],
             [4, 4, 1],
@@ -111,7 +125,7 @@ def exponentials(
     shift: torch.Tensor,
     label: torch.Tensor,
     needed: torch.Tensor,
-    result: torch.Tensor,
+    result: Sequence[torch.Tensor],
     exponent: torch.Tensor,
     sums: torch.Tensor,
     tops: torch.Tensor,
@@ -122,7 +136,8 @@ def exponentials(
         x, weight: [M, K] and [V, K], as `takes` wants them.
         shift, label: [M], float32 and int32. No label: one that is no column, such as -1.
         needed: int32 scalar; 0: nothing is to be done.
-        result: [M, V], to be written; rows one stride apart. With a softcap, times the slope of the cap.
+        result: [M, V], to be written, in parts of columns: all but the last multiples of twice `COLUMNS`; the rows of
+            each one stride apart. With a softcap, times the slope of the cap.
         exponent: [M], float32, to be written: z - shift at the label, of the rows that have one.
         sums, tops: [V / COLUMNS, M], rounded up, float32, to be written: of 2**(z - shift), the label's included, the
             sum over the columns, and the largest z.
@@ -131,9 +146,11 @@ def exponentials(
         As `launch` does.
     """
     factors = [(x, [ROWS.value, DEEP.value]), (weight, [2 * HALF.value, DEEP.value])]
-    pointers = (shift, label, result, exponent, sums, tops)
+    pointers = (shift, label, exponent, sums, tops)
+    ends = tuple(itertools.accumulate(part.shape[1] for part in result))
+    parts = (tuple(result), tuple(part.stride(0) for part in result), ends)
     n_rows, (n_cols, depth) = x.shape[0], weight.shape
     return _hopper.launch(
         _exponentials_kernel, factors, n_rows, n_cols, 2 * HALF.value,
-        pointers, needed, result.stride(0), scale * LOG2_E.value, n_rows, (n_cols, depth), softcap,
+        pointers, needed, parts, scale * LOG2_E.value, n_rows, (n_cols, depth), softcap,
     )  # fmt: skip

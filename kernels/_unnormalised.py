@@ -14,8 +14,6 @@ again, which the host need not know.
 At the label e is zero: its gradient, softmax - 1, would lose its digits there. `dx` and `dweight` get it in float32.
 """
 
-import itertools
-
 import torch
 
 from . import _hopper, _hopper_loss
@@ -180,7 +178,7 @@ def loss_and_dx(
 
     Args:
         x, weight, target: [M, H], [V, H], [M], of which nothing but the target may be anything.
-        room: [M, V] of x's dtype, to be written, in parts of columns: all but the last multiples of `COLUMNS`.
+        room: [M, V] of x's dtype, to be written, in parts of columns, as `exponentials` takes them.
         losses, hot: [M], float32, to be written: the loss of each row, and the gradient of its label's logit.
         factor: of all gradients, a float32 scalar; None: 1.
         options: as `linear_cross_entropy` hands them on.
@@ -196,8 +194,6 @@ def loss_and_dx(
     shift, exponent, a = torch.empty(3, n_rows, dtype=torch.float32, device=x.device)
     sums, tops = torch.empty(2, n_sums, n_rows, dtype=torch.float32, device=x.device)
     label = torch.empty(n_rows, dtype=torch.int32, device=x.device)
-    widths = [part.shape[1] for part in room]
-    blocks = [ceil_div(width, _hopper_loss.COLUMNS) for width in widths]
     # Whether the product is needed: once, and again. Rows of 16 bytes, as all that kernels are compiled for.
     needed = torch.zeros(3, 4, dtype=torch.int32, device=x.device)
     needed[0].fill_(1)
@@ -206,14 +202,9 @@ def loss_and_dx(
             x, weight, target, shift, label, x.stride(0), weight.stride(0), vocab, hidden, ignore_index, scale,
             softcap, 512, num_warps=4,
         )  # fmt: skip
-        labels = [label, *(label - first for first in itertools.accumulate(widths[:-1]))]  # as columns of each part
-        of_parts = list(zip(room, weight.split(widths), labels, sums.split(blocks), tops.split(blocks), strict=True))
         for turn in range(2):
-            if not all(
-                _hopper_loss.exponentials(
-                    x, columns, scale, softcap, shift, its_label, needed[turn], part, exponent, its_sums, its_tops
-                )
-                for part, columns, its_label, its_sums, its_tops in of_parts
+            if not _hopper_loss.exponentials(
+                x, weight, scale, softcap, shift, label, needed[turn], room, exponent, sums, tops
             ):
                 return None
             _row_kernel[(ceil_div(n_rows, 8),)](
@@ -221,7 +212,7 @@ def loss_and_dx(
                 losses, a, hot, n_rows, n_sums, ignore_index, scale, z_loss,
                 softcap, factor is not None, 8, 256, num_warps=4,
             )  # fmt: skip
-        del sums, tops, of_parts  # as large as the product below
+        del sums, tops  # as large as the product below
         if dx is not None:
             _write_dx(room, weight, a, hot, label, to, dx)
     return a

@@ -234,7 +234,7 @@ rows, count = torch.empty(48), torch.empty(48, dtype=torch.int32)
 _hopper_glu.product_gradients(x, weight, y, *more, "silu")
 _hopper_glu.gated_product(x, weight, y, *more, "silu")
 _hopper_glu.gated_product(*(torch.empty(48, 4096, dtype=torch.bfloat16) for _ in range(3)), *more, "silu")
-_hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, y, rows, rows, rows)
+_hopper_loss.exponentials(x, weight, 1.0, 30.0, rows, count, count, [y, y], rows, rows, rows)
 for first, last in ((True, False), (False, False), (False, True)):
     _hopper_sum.add_product(y.view(torch.int16), y.byte(), x, weight, first, last)
 """

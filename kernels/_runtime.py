@@ -33,26 +33,25 @@ WITHOUT_MEMORY = frozenset({FakeTensor, FunctionalTensor})  # on which compilers
 
 
 SMALL = 2**22
-"""Numbers of a function's first tensor, or of a loss's logits, up to which a compiler gets the plain operations.
+"""Numbers up to which a compiler gets the plain operations: those of a layer's activations, or of a loss's logits.
 
 A layer of 4096 tokens of 1024 numbers, or 2048 of 2048, takes an H100 little more than a millisecond. About as long
 takes the host to launch what a compiler makes of it; with our operators, up to twice as long.
 """
 
 
-def use_triton(*tensors: torch.Tensor | None, projection: torch.Tensor | None = None) -> bool:
+def use_triton(*tensors: torch.Tensor | None, numbers: int | None = None) -> bool:
     """Whether the Triton kernels are to take these tensors (None is skipped); otherwise the reference must.
 
     They can if all are plain, non-empty float32/bfloat16/float16 tensors on one device, and that device is a
     GPU, or the CPU while Triton's interpreter is on. Where a compiler is at work they need not if the work is small.
 
     Args:
-        projection: a weight [N, K] whose product with the first tensor [..., K] says how large the work is;
-            None: the first tensor does.
+        numbers: how large the work is; None: as the first tensor is.
     """
     if not HAS_TRITON or (not INTERPRET and tensors[0].is_cpu):
         return False
-    if torch.compiler.is_compiling() and _is_small(tensors[0], projection):
+    if torch.compiler.is_compiling() and _is_small(tensors[0].numel() if numbers is None else numbers):
         return False
     device = None
     for tensor in tensors:
@@ -68,12 +67,9 @@ def use_triton(*tensors: torch.Tensor | None, projection: torch.Tensor | None = 
     return device is not None and (device.type == "cuda" or (device.type == "cpu" and INTERPRET))
 
 
-def _is_small(x: torch.Tensor, projection: torch.Tensor | None) -> bool:
+def _is_small(numbers: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # which the compiler has imported
 
-    numbers = x.numel()
-    if projection is not None:
-        numbers = numbers // max(1, x.shape[-1]) * projection.shape[0]
     # A size that varies is not small: nothing is checked of it, so that nothing is compiled again.
     return statically_known_true(numbers <= SMALL)
 

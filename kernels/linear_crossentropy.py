@@ -497,7 +497,8 @@ def linear_cross_entropy(
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    if not use_triton(x, weight, bias, projection=weight) or target.device != x.device:
+    n_logits = target.numel() * weight.shape[0]
+    if not use_triton(x, weight, bias, numbers=n_logits) or target.device != x.device:
         return linear_cross_entropy_reference(
             x,
             weight,

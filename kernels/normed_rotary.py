@@ -516,7 +516,8 @@ def norm_rope(
         (torch.Size([2, 4, 5, 16]), torch.Size([2, 2, 5, 16]))
     """
     table_grad = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if table_grad or not use_triton(q, k, q_weight, k_weight, cos, sin):
+    # Where layers are narrow, all heads of q together are up to twice as wide; and no operator takes the host longer.
+    if table_grad or not use_triton(q, k, q_weight, k_weight, cos, sin, numbers=q.numel() // 2):
         return norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps, offset=offset, cast=cast)
     head_dim = _check(q, k, q_weight, k_weight, cos, sin, cast)
     cos, sin = with_four_dims(cos), with_four_dims(sin)

@@ -251,9 +251,11 @@ def test_what_operators_say_of_their_results_holds(device):
 
 
 @pytest.mark.parametrize("most, sizes, ours", [(320, "fixed", False), (319, "fixed", True), (320, "vary", True)])
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rms_norm_linear", "glu_mlp", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "rms_norm_linear", "glu_mlp", "norm_rope", "linear_cross_entropy"]
+)
 def test_a_compiler_gets_the_plain_operations_of_small_tensors(device, monkeypatch, name, most, sizes, ours):
-    """Here of 10 x 32 numbers, or logits of 10 x 50. A size that varies may be large."""
+    """Here of 10 x 32 numbers, queries twice as wide, or logits of 10 x 50. A size that varies may be large."""
     torch.compiler.reset()
     small = most * 50 // 32 if name == "linear_cross_entropy" else most
     monkeypatch.setattr("ligerfx.kernels._runtime.SMALL", small)

@@ -3,11 +3,11 @@
     python -m benchmarks.train --model llama-1b --json out.json
     python -m benchmarks.train --model small-host --variants eager,liger,ligerfx
     python -m benchmarks.train --model llama-1b --rounds 1 --profile liger,ligerfx --json out.json
-    python -m benchmarks.train --model qwen3-0.6b --batch 1 --variants ligerfx,compile,ligerfx-compile
 
 Weights are random and bf16, attention is SDPA (eager for Gemma-2), labels are given and no attention mask is. Every
 measurement is a process of its own, and the results are written after each. Variants alternate, `--rounds` times over,
 so that a machine that slows down does so for all of them. Compilation caches start empty and are kept between rounds.
+(`benchmarks.alternate`: in one process.)
 
 The first round also measures the host alone: the time until all calls of a step have returned, on a device that
 is idle when the step starts. It includes waiting where a step reads from the device, or has launched more than
@@ -37,60 +37,69 @@ WARM_UP = 3  # steps; the first compiles kernels, the second still grows the all
 HOST_STEPS = 20
 
 
+class Training:
+    """A workload that is trained with one variant."""
+
+    def __init__(self, name: str, workload: Workload):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        model = build(workload.model_type, workload.config, device, workload.attention)
+        self.ids = torch.randint(model.config.vocab_size, (workload.batch, workload.seq), device=device)
+        synchronize()
+        start = time.perf_counter()
+        self.model = VARIANTS[name](model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.losses: list[torch.Tensor] = []
+        self.step()
+        synchronize()
+        self.first_step_seconds = time.perf_counter() - start
+        for _ in range(WARM_UP - 1):
+            self.step()
+
+    def step(self) -> None:
+        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.detach())
+
+    def milliseconds(self, steps: int) -> tuple[float, float]:
+        """Of a step: the median by the device's clock, and by the host's from idle to idle."""
+        synchronize()
+        start = time.perf_counter()
+        # Marked on the device's own clock and not synchronised, as in training: the host may run ahead.
+        marks = [mark()]
+        for _ in range(steps):
+            self.step()
+            marks.append(mark())
+        synchronize()
+        wall = (time.perf_counter() - start) * 1000 / steps
+        return statistics.median(between(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)), wall
+
+
 def measure(name: str, workload: Workload, steps: int, details: bool, profiled: bool) -> dict[str, Any]:
     """Train `workload` with one variant in this process; gives milliseconds, GiB and losses.
 
     With `details` the host time of a step too, and if `profiled` where the device's time goes.
     """
     load(name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = build(workload.model_type, workload.config, device, workload.attention)
-    ids = torch.randint(model.config.vocab_size, (workload.batch, workload.seq), device=device)
-
-    synchronize()
-    start = time.perf_counter()
-    model = VARIANTS[name](model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    losses = []
-
-    def step() -> None:
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-
-    step()
-    synchronize()
-    first_step = time.perf_counter() - start
-    for _ in range(WARM_UP - 1):
-        step()
-
-    if device == "cuda":
+    training = Training(name, workload)
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    synchronize()
-    start = time.perf_counter()
-    # Marked on the device's own clock and not synchronised, as in training: the host may run ahead.
-    marks = [mark()]
-    for _ in range(steps):
-        step()
-        marks.append(mark())
-    synchronize()
-    wall = (time.perf_counter() - start) * 1000 / steps
+    milliseconds, wall = training.milliseconds(steps)
     result = {
-        "milliseconds": statistics.median(between(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)),
+        "milliseconds": milliseconds,
         "wall_milliseconds": wall,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
-        "first_step_seconds": first_step,
-        "losses": [loss.item() for loss in losses],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+        "first_step_seconds": training.first_step_seconds,
+        "losses": [loss.item() for loss in training.losses],
     }
-    if hasattr(model, "report"):
-        result["idioms"] = dict(model.report.idioms)
+    if hasattr(training.model, "report"):
+        result["idioms"] = dict(training.model.report.idioms)
     if details:
-        result["host_milliseconds"] = statistics.median(host_milliseconds(step) for _ in range(HOST_STEPS))
+        result["host_milliseconds"] = statistics.median(host_milliseconds(training.step) for _ in range(HOST_STEPS))
     if profiled:
-        result |= profile(step)
+        result |= profile(training.step)
     return result
 
 

@@ -116,6 +116,12 @@ if HAS_GLUON:
 COLUMNS = 128
 """How many columns of the result share a sum and a maximum."""
 
+PARTS = 4
+"""Of the result, that the kernel tells apart at least: few have more."""
+
+NOWHERE = 2**30
+"""Where a part begins that there is not."""
+
 
 def exponentials(
     x: torch.Tensor,
@@ -147,8 +153,11 @@ def exponentials(
     """
     factors = [(x, [ROWS.value, DEEP.value]), (weight, [2 * HALF.value, DEEP.value])]
     pointers = (shift, label, exponent, sums, tops)
-    ends = tuple(itertools.accumulate(part.shape[1] for part in result))
-    parts = (tuple(result), tuple(part.stride(0) for part in result), ends)
+    # Always so many, or another kernel would be compiled where the number of rows, and so that of parts, changes.
+    missing = PARTS - len(result)
+    parts = [*result, *[result[-1]] * missing]
+    ends = [*itertools.accumulate(part.shape[1] for part in result[:-1]), *[NOWHERE] * missing]
+    parts = (tuple(parts), tuple(part.stride(0) for part in parts), tuple(ends))
     n_rows, (n_cols, depth) = x.shape[0], weight.shape
     return _hopper.launch(
         _exponentials_kernel, factors, n_rows, n_cols, 2 * HALF.value,

@@ -131,6 +131,21 @@ def test_in_the_memory_of_the_gradient(device, poison, assert_as_accurate, produ
     assert [need.item() for need in products] == [1, 0, 1, 0]  # two calls, each of two turns
 
 
+def test_no_kernel_is_compiled_for_a_number_of_parts(monkeypatch):
+    """Which changes with the number of rows."""
+    launched = []
+    monkeypatch.setattr(_hopper, "launch", lambda *args: launched.append(args))
+    monkeypatch.setattr(_hopper_loss, "_exponentials_kernel", None, raising=False)  # there is none without Gluon
+    x, weight, rows = torch.empty(8, 16), torch.empty(2000, 16), torch.empty(8)
+    for widths in ([2000], [512, 1488], [256, 256, 512, 976]):
+        parts = list(torch.empty(8, 2048)[:, :2000].split(widths, dim=1))
+        _hopper_loss.exponentials(x, weight, 1.0, None, rows, rows, rows, parts, rows, rows, rows)
+        results, strides, ends = launched[-1][7]
+        assert len(results) == len(strides) == len(ends) + 1 == 4
+        assert list(ends[: len(widths) - 1]) == list(itertools.accumulate(widths[:-1]))
+        assert all(end > 2000 and end % 16 == 0 for end in ends[len(widths) - 1 :])
+
+
 @pytest.mark.parametrize("label", [0, 7, VOCAB - 1])
 def test_labels_that_repeat(device, poison, assert_as_accurate, products, label):
     target = _target(device)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,11 @@ def launch_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 _COUNTS = ("n_rows", "n_tokens", "all_tokens", "col_blocks")
 
 
+# As up to Triton 3.9, unless the user has said otherwise: from 3.10 on a * b + c would be two instructions, and round
+# twice. (3.9 warns those who leave it open.)
+_OPTIONS = {} if "TRITON_DEFAULT_FP_FUSION" in os.environ else {"enable_fp_fusion": True}
+
+
 class _Kernel:
     """A compiled-once Triton kernel whose launch costs less than half the host time of Triton's own.
 
@@ -122,11 +128,11 @@ class _Kernel:
 
     def _launch(self, grid: tuple[int, ...], *args: Any, num_warps: int) -> None:
         if rehearsal.active:
-            self.compiled_ahead.append(self.kernel.warmup(*args, grid=grid, num_warps=num_warps))
+            self.compiled_ahead.append(self.kernel.warmup(*args, grid=grid, num_warps=num_warps, **_OPTIONS))
             return
         runtime = triton.knobs.runtime
         if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-            self.kernel[grid](*args, num_warps=num_warps)
+            self.kernel[grid](*args, num_warps=num_warps, **_OPTIONS)
             return
         types = tuple(map(type, args))
         if tuple in types:
@@ -142,7 +148,7 @@ class _Kernel:
             variant = self.compiled_ahead.pop()
             if hasattr(variant, "result"):
                 variant.result(ignore_errors=True)  # the launch meets the error again
-        return self.kernel[grid](*args, num_warps=num_warps)
+        return self.kernel[grid](*args, num_warps=num_warps, **_OPTIONS)
 
 
 def _types_of(arguments: tuple) -> tuple:

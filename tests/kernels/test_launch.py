@@ -20,7 +20,8 @@ class Kernel:
         self.compiled, self.launched, self.ahead = [], [], []
 
     def __getitem__(self, grid):
-        def compile(*args, num_warps):
+        def compile(*args, num_warps, enable_fp_fusion):
+            assert enable_fp_fusion is True
             number = len(self.compiled)
             self.compiled.append((grid, args, num_warps))
             run = lambda *given: self.launched.append((number, *given))  # noqa: E731
@@ -28,13 +29,15 @@ class Kernel:
 
         return compile
 
-    def warmup(self, *args, grid, num_warps):
+    def warmup(self, *args, grid, num_warps, enable_fp_fusion):
+        assert enable_fp_fusion is True
         self.ahead.append((grid, args, num_warps))
         return types.SimpleNamespace(result=lambda ignore_errors: self.ahead.append("waited for"))
 
 
 @pytest.fixture
 def launch(monkeypatch):
+    monkeypatch.setattr(_runtime, "_OPTIONS", {"enable_fp_fusion": True})  # as where the user says nothing of it
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
     kernel = Kernel()
     launched = _runtime._Kernel(lambda: None, types.SimpleNamespace(jit=lambda function, **_: kernel))

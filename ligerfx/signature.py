@@ -105,7 +105,18 @@ def stand_in(value: Any, methods: dict[str, Callable], items: Any = None) -> Any
     body = {**known, "__getattribute__": __getattribute__}
     if hasattr(cls, "__getattr__"):  # called after an AttributeError, that of nn.Module would ask again, without end
         body["__getattr__"] = __getattribute__
-    return object.__new__(type(cls.__name__, (cls,), body))
+    try:
+        return object.__new__(type(cls.__name__, (cls,), body))
+    except Exception:
+        # There is no subclass, or it is written in C (the dict that a ModelOutput is, an array), and would answer for
+        # itself, as if it were empty. So this one only says that it is of the class.
+        body |= {"__class__": property(lambda self: cls)}
+        body |= {name: functools.partialmethod(_refuse, cls, name) for name in ("__bool__", "__eq__", "__hash__")}
+        return object.__new__(type(cls.__name__, (), body))
+
+
+def _refuse(self: Any, cls: type, name: str, *args: Any) -> Any:
+    raise AttributeError(f"{cls.__name__}.{name} is used inside forward")
 
 
 def _call(self: Any, function: Callable, *args: Any, **kwargs: Any) -> Any:

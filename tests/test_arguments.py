@@ -1,7 +1,9 @@
 """Arguments of modules that are more than tensors: sizes, and lists and dicts that a forward changes."""
 
-from collections import UserDict
+import enum
+from collections import OrderedDict, UserDict, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from idioms import RMSNorm
@@ -194,3 +196,32 @@ def test_a_user_dict_made_by_the_caller_or_looked_through():
 
     check(Caller(layer(replaces), call), {""})
     check(Caller(layer(lambda self, x, items: x * len(items)), call), {"", "inner"})
+
+
+Pair = namedtuple("Pair", "a b")
+Flag = enum.Flag("Flag", "A B")
+
+
+@pytest.mark.parametrize(
+    ("combine", "other"),
+    [
+        (lambda self, x, other: x * 2 if "k" in other else x, OrderedDict(k=1)),
+        (lambda self, x, other: x * len(other), OrderedDict(k=1, j=2)),
+        (lambda self, x, other: x if other else x * 2, OrderedDict()),
+        (lambda self, x, other: x * sum(other.values()), OrderedDict(k=3.0)),
+        (lambda self, x, other: x * other.a + other[1], Pair(2.0, torch.ones(H))),
+        (lambda self, x, other: x * 2 if other == Pair(1, 2) else x, Pair(1, 2)),
+        (lambda self, x, other: x + torch.from_numpy(other), np.ones(H, dtype=np.float32)),
+        (lambda self, x, other: x * 2 if other & Flag.A else x, Flag.A),
+        (lambda self, x, other: x * 2 if 3 in other else x, frozenset({3})),
+        (lambda self, x, other: x * {frozenset({3}): 2}[other], frozenset({3})),
+        (lambda self, x, other: x * other(), lambda: 4),
+        (lambda self, x, other: x * 2 if isinstance(other, OrderedDict) else x, OrderedDict()),
+    ],
+)
+def test_an_object_of_any_class(combine, other):
+    """What is written in C, and what has no subclasses, too. Whoever looks into one runs as it is."""
+    model = layer(combine)
+    gm = ligerfx.optimize(model, (torch.randn(2, 3, H), other))
+    assert_same(gm, model, torch.randn(4, 5, H), other)
+    assert set(gm.report.opaque) <= {""}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import ligerfx
 from models import batch, make
@@ -53,6 +54,29 @@ def assert_same_tokens(pair, inputs, **mode):
 def test_modes(family, mode):
     pair = family[0]
     assert_same_tokens(pair, prompts(pair[0]), **MODES[mode])
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sampling", "beams", "no cache"])
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_and_decoder(name, mode):
+    """The decoder is called with the output of the encoder, an object of a class of its own."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "d_model": 32, "decoder_start_token_id": 1}
+    if name == "t5":
+        config = T5Config(**sizes, num_layers=2, num_heads=2, d_kv=16, d_ff=64, feed_forward_proj="gated-gelu")
+        model = T5ForConditionalGeneration(config).eval()
+    else:
+        layers = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+        config = BartConfig(**sizes, **layers, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64)
+        model = BartForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 128, (2, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    (expected, logits), (found, logits_) = (
+        generate(m, inputs, **MODES[mode]) for m in (model, ligerfx.optimize(model))
+    )
+    assert torch.equal(expected, found)
+    for a, b in zip(logits, logits_, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)  # T5 spells GELU out
 
 
 def test_sizes_of_prompts_and_weights_that_change(family):

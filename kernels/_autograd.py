@@ -1,14 +1,24 @@
 """How the kernels' `torch.autograd.Function`s are called."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C import _functions
 from torch.autograd import forward_ad
 
 from ._ahead import rehearsal
 
-# Inner parts of torch: where a later one lacks them, every call is left to `apply`.
-_is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+# An inner part of torch, which a later one may lack.
+_has_transforms = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: torch._C._functorch.peek_interpreter_stack() is not None
+)
+
+
+def is_transforming() -> bool:
+    """Whether `torch.func` or forward-mode derivatives are at work, which need more than a forward and a backward."""
+    return _has_transforms() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 class _WithoutGradient:
@@ -59,11 +69,34 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if rehearsal.active:
         return _rehearse(function, *args)
-    if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or _is_transforming()
-        or getattr(forward_ad, "_current_level", 0) >= 0
-    ):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transforming():
         return function.apply(*args)
     return function.forward(_WithoutGradient(len(args)), *args)
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """For a `torch.autograd.Function` whose backward has no derivative: to ask for one is an error.
+
+    torch's own decorator sees to that only where an incoming gradient has a graph. That of a loss has none, and what
+    its gradients owe to the inputs and weights would silently be missing from a penalty on them.
+    """
+
+    @functools.wraps(backward)
+    def without_graph(ctx: Any, *dys: torch.Tensor | None) -> Any:
+        with torch.no_grad():
+            grads = backward(ctx, *dys)
+        # A compiler that traces this raises by itself.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        return _functions.DelayedError(_NO_SECOND_DERIVATIVE, len(grads))(
+            *(None if grad is None else grad.detach().requires_grad_() for grad in grads)
+        )
+
+    return without_graph
+
+
+_NO_SECOND_DERIVATIVE = (
+    b"the fused kernels have no second derivative, which create_graph=True and a backward through the gradient ask for:"
+    b" take the original model for that"
+)

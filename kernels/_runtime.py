@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ._ahead import rehearsal
+from ._autograd import is_transforming
 
 try:
     import triton
@@ -46,13 +47,17 @@ def use_triton(*tensors: torch.Tensor | None, numbers: int | None = None) -> boo
 
     They can if all are plain, non-empty float32/bfloat16/float16 tensors on one device, and that device is a
     GPU, or the CPU while Triton's interpreter is on. Where a compiler is at work they need not if the work is small.
+    Nor can they be transformed (`torch.func`), or have forward-mode derivatives.
 
     Args:
         numbers: how large the work is; None: as the first tensor is.
     """
     if not HAS_TRITON or (not INTERPRET and tensors[0].is_cpu):
         return False
-    if torch.compiler.is_compiling() and _is_small(tensors[0].numel() if numbers is None else numbers):
+    if torch.compiler.is_compiling():
+        if _is_small(tensors[0].numel() if numbers is None else numbers):
+            return False
+    elif is_transforming():
         return False
     device = None
     for tensor in tensors:

@@ -6,9 +6,8 @@ on its own: a reduction over the row waits for its loads, so there is one at the
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._operators import operator
 from ._runtime import as_rows, jit, launch_device, tanh, tl, triton, use_triton
 

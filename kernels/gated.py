@@ -4,11 +4,10 @@ import functools
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._activations import IN_TORCH, Activation, in_torch, in_triton, key_of
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._operators import operator
 from ._runtime import as_rows, jit, launch_device, tl, triton, use_triton
 

@@ -6,11 +6,10 @@ that z is made of, and writes it again over its own gradient, for the weight's g
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import _hopper, _hopper_glu
 from ._activations import Activation, key_of
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._linear import check_linear, is_plain_linear, no_autocast
 from ._operators import operator
 from ._runtime import as_rows, autocast_dtype, use_triton

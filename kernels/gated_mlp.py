@@ -6,11 +6,10 @@ that (see _hopper_glu.py). What x's gradient gets from gate and from up is added
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import _hopper, _hopper_glu
 from ._activations import Activation, key_of
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._linear import check_linear, is_plain_linear, no_autocast, sum_of_products
 from ._operators import operator
 from ._runtime import as_rows, autocast_dtype, use_triton

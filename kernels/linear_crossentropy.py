@@ -5,10 +5,9 @@ The gradients are computed with the loss, as in Liger Kernel (Hsu et al. 2024, h
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import _hopper_sum, _unnormalised
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._linear import no_autocast
 from ._operators import operator
 from ._runtime import PLAIN, autocast_dtype, ceil_div, jit, launch_device, tl, triton, use_triton

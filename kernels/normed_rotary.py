@@ -5,9 +5,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._operators import operator
 from ._runtime import jit, launch_device, num_sms, tl, triton, use_triton
 from .rmsnorm import check_cast, rms_norm_reference, scale_of, sum_rows

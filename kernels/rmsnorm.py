@@ -6,9 +6,8 @@ Alone, or together with the residual addition before it (`add_rms_norm`).
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._operators import operator
 from ._runtime import is_dense_with_rows, jit, launch_device, tl, triton, use_triton, with_layout_of
 

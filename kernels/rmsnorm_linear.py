@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._linear import check_linear, is_plain_linear, no_autocast, sum_of_products
 from ._runtime import autocast_dtype, use_triton
 

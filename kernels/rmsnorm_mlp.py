@@ -4,11 +4,10 @@ What `rms_norm_linear` does for the norm's result and its gradients, and `glu_ml
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import rmsnorm
 from ._activations import Activation, key_of
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._linear import no_autocast
 from ._runtime import use_triton
 from .gated_linear import glu_linear_backward

@@ -4,9 +4,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from ._autograd import apply
+from ._autograd import apply, once_differentiable
 from ._operators import operator
 from ._runtime import ceil_div, jit, launch_device, tl, triton, use_triton
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from ligerfx.kernels import glu, rms_norm, rms_norm_linear, rope
+from ligerfx.kernels import glu, linear_cross_entropy, rms_norm, rms_norm_linear, rms_norm_reference, rope
 from ligerfx.kernels._autograd import apply
 
 
@@ -80,3 +80,45 @@ def test_same_bits_as_with_gradients(device, mode):
         found = results()
     assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True))
     assert not any(t.requires_grad for t in found)
+
+
+TARGET = torch.arange(12).view(3, 4) % 4
+
+
+def _loss_of_norm(x, weight):
+    return rms_norm(x, weight).square().sum()
+
+
+def _expected_loss(x, weight):
+    return rms_norm_reference(x, weight).square().sum()
+
+
+def test_transformed_functions_are_those_of_the_plain_operations(device):
+    x, weight = torch.randn(3, 4, 32, device=device), torch.randn(32, device=device)
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1))(x, weight),
+        lambda f: torch.func.vmap(torch.func.grad(f, (0, 1)), (0, None))(x, weight),
+        lambda f: torch.func.jvp(f, (x, weight), (weight.expand_as(x), weight)),
+        lambda f: torch.func.vmap(f, (0, None))(x, weight),
+    ):
+        for a, b in zip(transform(_loss_of_norm), transform(_expected_loss), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        _loss_of_norm,
+        lambda x, weight: linear_cross_entropy(x, weight * torch.ones_like(x[0, :, :1]), TARGET.to(x.device)),
+    ],
+)
+@pytest.mark.parametrize("of", [0, 1])
+def test_second_derivatives_raise(device, loss, of):
+    """Also where the loss is the last that has a graph: without an error, a part of the gradient would be missing."""
+    x = torch.randn(3, 4, 32, device=device, requires_grad=True)
+    weight = torch.randn(32, device=device, requires_grad=True)
+    value = loss(x, weight)
+    (gradient,) = torch.autograd.grad(value, (x, weight)[of], create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(RuntimeError, match="the fused kernels have no second derivative"):
+        (value + gradient.square().sum()).backward()

@@ -46,7 +46,7 @@ class DeferredTensor(torch.Tensor):
 
     _compute: Callable[[], torch.Tensor]
     _value: torch.Tensor | None
-    _needs: list[tuple[torch.Tensor, int]]
+    _needs: list[Unchanged]
     _hooks: dict[int, Callable]
     _freed: bool
     _late: bool
@@ -55,7 +55,7 @@ class DeferredTensor(torch.Tensor):
     @staticmethod
     def make(
         compute: Callable[[], torch.Tensor],
-        needs: list[tuple[torch.Tensor, int]],
+        needs: list[Unchanged],
         shape: Any,
         dtype: torch.dtype,
         device: torch.device,
@@ -76,23 +76,20 @@ class DeferredTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             needs_graph = self.requires_grad or (self._late and torch.is_grad_enabled())
             if self._value is None or (needs_graph and not self._has_graph):
-                for tensor, version in self._needs:
-                    if tensor._version != version:
-                        raise RuntimeError(
-                            "the logits of this output were deferred, and the model's weights have changed since "
-                            "(an optimiser step?). Read outputs.logits before the weights change."
-                        )
-                    if self._freed or tensor.untyped_storage().nbytes() == 0 < tensor.numel():
-                        raise RuntimeError(
-                            "the logits of this output were deferred, and FSDP has freed the whole weights of the "
-                            "head since. Read outputs.logits before the backward, and do not reshard the module that "
-                            "holds the head after forward (FSDP2: reshard_after_forward=False, the root's default)."
-                        )
+                for needed in self._needs:
+                    needed.check(self._freed)
                 # As if computed at once: with a graph if gradients were on then, whoever looks now.
-                with torch.set_grad_enabled(needs_graph):
-                    self._value, self._has_graph = self._compute(), needs_graph
-                for hook in self._hooks.values():
-                    self._value.register_hook(hook)
+                by_another = needs_graph and not self._late and self._is_of_another()
+                with torch.set_grad_enabled(needs_graph and not by_another):
+                    self._value = self._compute()
+                if by_another:
+                    with torch.enable_grad():
+                        self._value = _Read.apply(self, self._value)
+                else:
+                    for hook in self._hooks.values():
+                        self._value.register_hook(hook)
+                # Not where an operation is dispatched below autograd, which looks at this tensor's own graph.
+                self._has_graph = needs_graph and self._value.requires_grad
             return self._value
 
     @classmethod
@@ -129,20 +126,42 @@ class DeferredTensor(torch.Tensor):
         attached = func.__name__ != "detach"
         with torch._C.DisableTorchFunctionSubclass():
             like = func(torch.empty(0, dtype=self.dtype, device=self.device), *args, **kwargs)
+
+        def make(requires_grad: bool) -> DeferredTensor:
             return DeferredTensor.make(
                 lambda: func(self.materialize(), *args, **kwargs),
                 [],
                 self.shape,
                 like.dtype,
                 like.device,
-                self.requires_grad and attached,
+                requires_grad,
                 self._late and attached,
             )
+
+        if attached and torch.is_grad_enabled() and self._is_attached():
+            return _Cast.apply(make, self)
+        return make(self.requires_grad and attached)
+
+    def _is_attached(self) -> bool:
+        """Whether it is part of the graph by itself, without its values."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn is not None
+
+    def _is_of_another(self) -> bool:
+        """Whether another function than those here returned it: reentrant checkpointing, say, which runs the model
+        without gradients, and again with them in the backward."""
+        with torch._C.DisableTorchFunctionSubclass():
+            ours = (_Attached._backward_cls, _Cast._backward_cls)
+            return self.grad_fn is not None and not isinstance(self.grad_fn, ours)
 
     def _hook_later(self, hook: Callable) -> RemovableHandle:
         """Keeps a hook of the gradient for the values."""
         handle = RemovableHandle(self._hooks)
         self._hooks[handle.id] = hook
+        if self._is_attached():
+            hooks = self._hooks
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(lambda grad: hook(grad) if handle.id in hooks else None)
         if is_hook_of_fsdp(hook) and self._needs:
             # The whole weights last until the backward. Their version is no sign: FSDP keeps it when it gathers others.
             me = weakref.ref(self)
@@ -152,7 +171,7 @@ class DeferredTensor(torch.Tensor):
                     deferred._freed = True
 
             with torch._C.DisableTorchFunctionSubclass():
-                x, _ = self._needs[0]
+                x = self._needs[0].tensor
                 if x.requires_grad:
                     x.register_hook(freed)
         return handle
@@ -166,6 +185,93 @@ def settled_if_sharded(module: torch.nn.Module, out: Any) -> Any:
     if not torch.is_grad_enabled() and is_fully_sharded(module):
         return tree_map_only(DeferredTensor, DeferredTensor.materialize, out)
     return out
+
+
+class Unchanged:
+    """A tensor that values are computed from, which must be as it was."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+        self.sample: torch.Tensor | None = None
+        if tensor.is_leaf and tensor.requires_grad and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            self.sample = self._sample().clone()
+
+    def _sample(self) -> torch.Tensor:
+        """Some of the numbers of a matrix. The fused steps of torch's optimizers, and those that write to `data`, leave
+        the version of a weight as it is."""
+        tensor = self.tensor.detach()
+        return tensor[tuple(slice(None, None, max(1, size // 64)) for size in tensor.shape)]
+
+    def check(self, freed: bool) -> None:
+        """Raises RuntimeError if the tensor has changed since, or if FSDP has freed it."""
+        changed = self.tensor._version != self.version
+        if not changed and (freed or self.tensor.untyped_storage().nbytes() == 0 < self.tensor.numel()):
+            raise RuntimeError(
+                "the logits of this output were deferred, and FSDP has freed the whole weights of the "
+                "head since. Read outputs.logits before the backward, and do not reshard the module that "
+                "holds the head after forward (FSDP2: reshard_after_forward=False, the root's default)."
+            )
+        from .kernels.counted_rows import capturing  # imports Triton, which `import ligerfx` must not
+
+        if not changed and self.sample is not None and not capturing(self.tensor):
+            now = self._sample()
+            changed = now.dtype != self.sample.dtype or now.shape != self.sample.shape
+            changed = changed or not torch.equal(now.to(self.sample.device), self.sample)
+        if changed:
+            raise RuntimeError(
+                "the logits of this output were deferred, and the model's weights have changed since "
+                "(an optimiser step?). Read outputs.logits before the weights change."
+            )
+
+
+class _Attached(torch.autograd.Function):
+    """Makes a deferred tensor a result of what it is computed from, for those who take its gradient but do not ask it
+    for its values: autograd, where it is handed to a `torch.autograd.Function` as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable, compute: Callable, needs: list[Unchanged], *inputs: torch.Tensor | None):
+        # Not saved: a hook on saved tensors would copy the weight, perhaps to another device.
+        ctx.compute, ctx.needs, ctx.inputs = compute, needs, inputs
+        return make(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        for needed in ctx.needs:
+            needed.check(False)
+        again = torch.is_grad_enabled()  # there may be a second derivative
+        with torch.enable_grad():
+            inputs = [
+                t if again or t is None else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.inputs, ctx.needs_input_grad[3:], strict=True)
+            ]
+            wanted = [t for t, need in zip(inputs, ctx.needs_input_grad[3:], strict=True) if need]
+            found = iter(torch.autograd.grad(ctx.compute(*inputs), wanted, grad, create_graph=again))
+        return None, None, None, *(next(found) if need else None for need in ctx.needs_input_grad[3:])
+
+
+class _Cast(torch.autograd.Function):
+    """The same for what another deferred tensor is cast to, or a copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, make: Callable, tensor: DeferredTensor) -> DeferredTensor:
+        ctx.dtype = tensor.dtype
+        return make(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return None, grad.to(ctx.dtype)
+
+
+class _Read(torch.autograd.Function):
+    """The values of a deferred tensor, whose gradient is that of the tensor itself."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: DeferredTensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad, None
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
@@ -234,9 +340,11 @@ def deferred(
     late: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> DeferredTensor:
     """What `deferred_logits` returns; `convert` has the last word on the values."""
-    device = x.device.type
+    from .kernels._autograd import is_transforming
 
-    def compute() -> torch.Tensor:
+    device, inputs = x.device.type, (x, weight, bias)
+
+    def compute(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         mode: Any = contextlib.nullcontext()
         if torch.amp.is_autocast_available(device):
             mode = torch.autocast(device, dtype=autocast, enabled=autocast is not None)
@@ -244,12 +352,19 @@ def deferred(
             logits = convert(compute_logits(x, weight, bias, softcap, scale))
         return late(logits) if late and torch.is_grad_enabled() else logits
 
-    return DeferredTensor.make(
-        compute,
-        [(t, t._version) for t in (x, weight, bias) if t is not None and not t.is_inference()],
-        (*x.shape[:-1], weight.shape[0]),
-        autocast or x.dtype,
-        x.device,
-        requires_grad and late is None,
-        requires_grad and late is not None,
-    )
+    needs = [Unchanged(t) for t in inputs if t is not None and not t.is_inference()]
+
+    def make(requires_grad: bool) -> DeferredTensor:
+        return DeferredTensor.make(
+            lambda: compute(*inputs),
+            needs,
+            (*x.shape[:-1], weight.shape[0]),
+            autocast or x.dtype,
+            x.device,
+            requires_grad and late is None,
+            requires_grad and late is not None,
+        )
+
+    if requires_grad and late is None and torch.is_grad_enabled() and not is_transforming():
+        return _Attached.apply(make, compute, needs, *inputs)
+    return make(requires_grad)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import ligerfx
 from ligerfx import DeferredTensor
@@ -319,6 +320,135 @@ def test_optimiser_step_before_the_logits_are_read():
     optimiser.step()
     with pytest.raises(RuntimeError, match="optimiser step"):
         output.logits.argmax(-1)
+
+
+def _fused_step(parameters):
+    torch.optim.AdamW(parameters, lr=1e-3, fused=True).step()
+
+
+def _assign(parameters):
+    for parameter in parameters:
+        parameter.data = parameter.data * 0.9
+
+
+def _write(parameters):
+    for parameter in parameters:
+        parameter.data.sub_(0.01 * parameter.grad)
+
+
+@pytest.mark.parametrize("step", [_fused_step, _assign, _write])
+def test_steps_that_leave_the_version_of_a_weight_are_noticed(step):
+    model = make("llama")
+    inputs = batch(model)
+    optimised = ligerfx.optimize(model, inputs)
+    output = optimised(**inputs)
+    output.loss.backward()
+    before = optimised.lm_head.weight._version
+    step(list(optimised.parameters()))
+    assert optimised.lm_head.weight._version == before, "the step says so itself"
+    with pytest.raises(RuntimeError, match="optimiser step"):
+        output.logits.argmax(-1)
+
+
+@pytest.mark.parametrize("step", [_fused_step, _assign, _write])
+def test_a_step_of_other_weights_changes_no_logits(step):
+    model = make("llama")
+    inputs = batch(model)
+    expected = model(**inputs).logits
+    optimised = ligerfx.optimize(model, inputs)
+    output = optimised(**inputs)
+    output.loss.backward()
+    step([parameter for name, parameter in optimised.named_parameters() if name != "lm_head.weight"])
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+class Squares(torch.autograd.Function):
+    """A loss that takes logits as they are, which nobody asks for their values before."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        ctx.save_for_backward(logits)
+        return logits.square().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+TAKEN = {
+    "as it is": Squares.apply,
+    "cast": lambda logits: Squares.apply(logits.float()),
+    "cast and copied": lambda logits: Squares.apply(logits.to(torch.float64).clone()).float(),
+    "used before": lambda logits: logits.mean() + Squares.apply(logits),
+    "checkpointed": lambda logits: checkpoint(lambda x: x.square().sum(), logits, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "scale": 3}], ids=str)
+@pytest.mark.parametrize("taken", TAKEN)
+def test_a_function_that_takes_the_tensor_itself_gives_gradients(options, taken):
+    inputs = parts()
+    gradients = []
+    for function in (deferred_logits, eager):
+        TAKEN[taken](function(*inputs, **options)).backward()
+        gradients.append([t.grad for t in inputs])
+        for t in inputs:
+            t.grad = None
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_of_a_function_that_takes_the_tensor_itself():
+    inputs = parts()
+    found, expected = [], []
+    for make_logits, results in ((deferred_logits, found), (eager, expected)):
+        first = torch.autograd.grad(Squares.apply(make_logits(*inputs, softcap=2.0)), inputs, create_graph=True)
+        results += torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_sees_the_gradient_of_a_function_that_takes_the_tensor_itself():
+    x, weight, bias = parts()
+    logits = deferred_logits(x, weight, bias)
+    handles = [logits.register_hook(lambda grad: grad * 3), logits.register_hook(lambda grad: grad * 5)]
+    handles[1].remove()
+    (found,) = torch.autograd.grad(Squares.apply(logits), x)
+    (expected,) = torch.autograd.grad(Squares.apply(eager(x, weight, bias)), x)
+    torch.testing.assert_close(found, 3 * expected)
+
+
+def test_a_weight_changed_before_the_gradient_of_a_function_that_takes_the_tensor_itself():
+    x, weight, bias = parts()
+    loss = Squares.apply(deferred_logits(x, weight, bias))
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_reentrant_checkpointing_of_the_whole_model(labels):
+    """It runs the model without gradients, and its outputs get them from the checkpoint."""
+    model = make("llama")
+    inputs = batch(model)
+    ids, labels = inputs["input_ids"], inputs["labels"] if labels else None
+    gradients = []
+    for m in (model, ligerfx.optimize(model, inputs)):
+        embeds = m.get_input_embeddings()(ids)
+
+        def run(embeds, m=m):
+            output = m(inputs_embeds=embeds, labels=labels, use_cache=False)
+            return output.logits if labels is None else (output.loss, output.logits)
+
+        out = checkpoint(run, embeds, use_reentrant=True)
+        loss, logits = (0.0, out) if labels is None else out
+        (loss + logits.float().logsumexp(-1).pow(2).mean()).backward()
+        gradients.append({n: p.grad for n, p in m.named_parameters()})
+        m.zero_grad(set_to_none=True)
+    for name, gradient in gradients[0].items():
+        atol = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=atol, msg=name)
 
 
 def test_backward_through_loss_and_logits_together():

@@ -38,9 +38,9 @@ GLOBAL_HOOKS = (
     _global_backward_pre_hooks,
 )
 
-_MISSING = object()
+MISSING = object()
 
-_HIDDEN = frozenset(dir(torch.fx.GraphModule)) | {"itself"}
+HIDDEN = frozenset(dir(torch.fx.GraphModule)) | {"itself"}
 """Attributes that an optimised module has, whatever is stored under their names."""
 
 
@@ -74,7 +74,7 @@ class Read:
         """`same` as Python code, of which `constant` gives that of an object. In each call compiled code checks all
         that it reads, but no literals."""
         value = f"getattr({module}, {self.name!r})"
-        if type(self) is Read and self.name not in _HIDDEN:
+        if type(self) is Read and self.name not in HIDDEN:
             if self._by_value:
                 return f"{constant(is_value)}({value}, {literal(self.value, constant)})"
             if type(self.state) is dict:
@@ -87,7 +87,7 @@ class Read:
         if self.name in module.__dict__:
             value = module.__dict__[self.name]
         else:
-            value = getattr(type(module), self.name, _MISSING)
+            value = getattr(type(module), self.name, MISSING)
         if self.state is not None:
             return has_content(value, type(self.value), self.state)
         if self._by_value:
@@ -110,6 +110,24 @@ class AnyInt(Read):
 
     def same(self, module: nn.Module) -> bool:
         return type(module.__dict__.get(self.name)) is int
+
+
+@dataclasses.dataclass(eq=False)
+class Missing(Read):
+    """An attribute that was looked for in vain (`value`: MISSING), or a parameter, buffer or module that was None."""
+
+    def same(self, module: nn.Module) -> bool:
+        for table in (module.__dict__, module._parameters, module._buffers, module._modules):
+            if self.name in table:
+                return self.value is None and table[self.name] is None
+        kind = type(module)
+        return self.value is MISSING and not hasattr(getattr(kind, "_original_class", kind), self.name)
+
+    def code(self, module: str, constant: Callable[[Any], str]) -> str:
+        """Of names that are looked up in a dict in vain compiled code does not notice when they come."""
+        if self.value is None:
+            return f"getattr({module}, {self.name!r}) is None"
+        return f"not hasattr({module}, {self.name!r})"
 
 
 @dataclasses.dataclass(eq=False)

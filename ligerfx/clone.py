@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+COMPILED = "_compiled_call_impl"
+"""What `module.compile()` leaves with a module: a compiled call of this very module."""
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from .capture import Capture, Lends, Read, StandsFor, structure
+from .clone import COMPILED
 from .compile_ahead import compile_ahead
 from .cost import Cost, cost
 from .deferred import deferred_logits, settled_if_sharded
@@ -196,6 +197,9 @@ class Session:
         return Session(self.patterns, self.refuse, self.limit)
 
 
+_NOT_COPIED = ("_graph", COMPILED)
+
+
 class OptimizedModule(GraphModule):
     """Base of all rewritten modules. Made by `ligerfx.optimize`, never by hand: calling the class, as its
     `from_pretrained` does, makes a module of the original class."""
@@ -266,14 +270,14 @@ class OptimizedModule(GraphModule):
 
     def __deepcopy__(self, memo: dict) -> OptimizedModule:
         new = memo[id(self)] = object.__new__(type(self))
-        state = {k: v for k, v in self.__dict__.items() if k != "_graph"}
+        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         new.__dict__.update(copy.deepcopy(state, memo))
         new._ligerfx_session.add_twin(new)
         return new
 
     def __copy__(self) -> OptimizedModule:
         new = object.__new__(type(self))
-        new.__dict__.update({k: v for k, v in self.__dict__.items() if k != "_graph"})
+        new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED})
         return new
 
     def _replicate_for_data_parallel(self) -> nn.Module:
@@ -291,8 +295,9 @@ class OptimizedModule(GraphModule):
 
     def __reduce__(self) -> tuple:
         state = {
-            k: v for k, v in self.__dict__.items() if not k.startswith("_ligerfx") and k not in ("_graph", "report")
-        }
+            k: v for k, v in self.__dict__.items()
+            if not k.startswith("_ligerfx") and k != "report" and k not in _NOT_COPIED
+        }  # fmt: skip
         session = self._ligerfx_session
         return _rebuild, (self._original_class, state, references(session.patterns), session.refuse is not None)
 

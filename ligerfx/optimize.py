@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .capture import Capture, structure
-from .clone import clone_tree
+from .clone import COMPILED, clone_tree
 from .compile_ahead import prepare
 from .errors import OptimizeError
 from .inputs import normalized_inputs
@@ -101,6 +101,12 @@ def optimize(
     with _collector_paused():
         result = _optimized(model, args, kwargs, session, replaced, max_rewrites)
     _warn_of_what_stays(result.report, replaced)
+    if any(vars(module).get(COMPILED) for module in model.modules()):
+        warnings.warn(
+            f"{type(model).__name__}, or a module inside, was compiled with compile(). The result is not: call "
+            "compile() on it, or on those inside",
+            stacklevel=2,
+        )
     return result
 
 
@@ -237,6 +243,7 @@ def _assemble(model: nn.Module, session: Session, programs: dict[str, Program]) 
     result = clone_tree(model, class_of, memo)
     for original_id, path in paths.items():
         clone = memo[original_id]
+        clone.__dict__.pop(COMPILED, None)
         if isinstance(clone, OptimizedModule):
             clone.__dict__.pop("_graph", None)
             install(clone, session, programs[path])

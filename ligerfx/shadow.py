@@ -16,7 +16,11 @@ import torch
 from torch import nn
 
 from .capture import (
+    HIDDEN,
+    MISSING,
     Alias,
+    Children,
+    Missing,
     Read,
     exactly,
     has_hooks,
@@ -27,7 +31,7 @@ from .capture import (
     runs_its_forward,
     stands_for,
 )
-from .clone import clone_tree, detach_state
+from .clone import COMPILED, clone_tree, detach_state
 from .errors import CaptureError
 from .leaves import CACHE_INDEX, HOOKS_MARK
 from .recorder import Recorder
@@ -55,11 +59,14 @@ class LazyFakes(dict):
         return value if value is None else self._fake(value)
 
 
-def logged_class(cls: type, log: Callable, log_write: Callable, log_code: Callable, cache: dict[type, type]) -> type:
+def logged_class(
+    cls: type, log: Callable, log_other: Callable, log_write: Callable, log_code: Callable, cache: dict[type, type]
+) -> type:
     """A subclass of `cls` that reports which attributes are read and set. It passes for `cls` by name.
 
-    `log(shadow, name, value)` gives what the model's code sees of an attribute that is read; `log_code` is told which
-    methods and properties of the class it uses.
+    `log(shadow, name, value)` gives what the model's code sees of an attribute that is read; `log_other` is told of the
+    parameters, buffers and modules that it reads, and of what it looks for in vain; `log_code` of the methods and
+    properties of the class that it uses.
     """
     if cls not in cache:
 
@@ -71,6 +78,15 @@ def logged_class(cls: type, log: Callable, log_write: Callable, log_code: Callab
                     return log(self, name, value)
                 if isinstance(code := getattr(cls, name, None), (FunctionType, property)):
                     log_code(code)
+            return value
+
+        def __getattr__(self: nn.Module, name: str) -> Any:  # a parameter, buffer or module; or what there is not
+            try:
+                value = super(logged, self).__getattr__(name)
+            except AttributeError:
+                log_other(self, name, MISSING)
+                raise
+            log_other(self, name, value)
             return value
 
         def __setattr__(self: nn.Module, name: str, value: Any) -> None:
@@ -85,6 +101,7 @@ def logged_class(cls: type, log: Callable, log_write: Callable, log_code: Callab
         body = {
             "_call_impl": _call_impl,
             "__getattribute__": __getattribute__,
+            "__getattr__": __getattr__,
             "__setattr__": __setattr__,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
@@ -144,7 +161,9 @@ class ShadowTree:
         self.aliases = _aliases(model)
         self.root = clone_tree(
             model,
-            lambda m: logged_class(self.original_class(m), self._log_read, self._log_write, recorder.log_code, logged),
+            lambda m: logged_class(
+                self.original_class(m), self._log_read, self._log_other, self._log_write, recorder.log_code, logged
+            ),
             shadows,
         )
         for real_id, real in {id(m): m for m in model.modules()}.items():
@@ -154,6 +173,8 @@ class ShadowTree:
 
     def _prepare(self, shadow: nn.Module, real: nn.Module) -> None:
         state = shadow.__dict__
+        if self.original_class(real) is type(real):  # an optimised one learns by itself when it is compiled
+            state.pop(COMPILED, None)
         self.origins.modules[id(shadow)] = real
         forward = self.original_class(real).forward
         if inner := wrapped_module(real):
@@ -211,6 +232,23 @@ class ShadowTree:
                     frame.reads[relative, name] = Read(relative, name, traced)
                 return frame.reads[relative, name].value if name == CACHE_INDEX else value
         return value
+
+    def _log_other(self, shadow: nn.Module, name: str, value: Any) -> None:
+        """What is None or missing may be there later, and an empty list of modules have some."""
+        if self.recorder.paused or name in _INTERNAL or name in HIDDEN or name.startswith("__"):
+            return
+        if value is None or value is MISSING:
+            self._log_check(shadow, Missing, name, value)
+        elif isinstance(value, (nn.ModuleList, nn.ModuleDict)) and not value._modules:
+            self._log_check(value, Children, "_modules", ())
+
+    def _log_check(self, shadow: nn.Module, kind: type[Read], name: str, value: Any) -> None:
+        path = self.origins.paths.get(id(shadow))
+        for frame in reversed(self.recorder.frames):
+            if path is not None and (path == frame.path or frame.path == "" or path.startswith(frame.path + ".")):
+                relative = frame.relative(path)
+                frame.reads.setdefault((relative, name), kind(relative, name, value))
+                return
 
     def _log_reference(self, path: str, target: nn.Module) -> None:
         """An attribute that is a module of the model, and no submodule where it is read: for the graph it is the

@@ -24,6 +24,7 @@ from .capture import (
     PLAIN,
     Alias,
     Capture,
+    Children,
     Read,
     has_own_hooks,
     join,
@@ -123,6 +124,8 @@ class Tracer(Recorder):
             frame.capture.absorbed[own] = (cls, ())
             if real._buffers:  # a loss gets class weights later, perhaps
                 frame.reads[own, "_buffers"] = Read(own, "_buffers", real._buffers)
+            if isinstance(real, nn.Sequential):  # an empty one
+                frame.reads[own, "_modules"] = Children(own, "_modules", ())
             self.log_code(cls.forward)
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):

@@ -230,6 +230,104 @@ def test_attribute_of_the_attention_changed(llama):
     assert_same(optimised, model, batch(llama))
 
 
+class Optional(nn.Module):
+    """Looks for what is not there, or None, or empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.adapters, self.table, self.last = (
+            nn.RMSNorm(H),
+            nn.ModuleList(),
+            nn.ModuleDict(),
+            nn.Sequential(),
+        )
+        self.register_buffer("shift", None)
+        self.register_parameter("bias", None)
+        self.register_module("head", None)
+
+    def forward(self, x):
+        y = self.norm(x)
+        if hasattr(self, "scale"):
+            y = y * self.scale
+        y = y * getattr(self, "gain", 1.0)
+        if self.shift is not None:
+            y = y + self.shift
+        if self.bias is not None:
+            y = y + self.bias
+        if self.head is not None:
+            y = self.head(y)
+        for adapter in self.adapters:
+            y = y + adapter(y)
+        for adapter in self.table.values():
+            y = y * adapter(y)
+        return self.last(y)
+
+
+LATER = {
+    "an attribute": lambda m: setattr(m, "scale", 2.0),
+    "one that has a default": lambda m: setattr(m, "gain", 3.0),
+    "an attribute of the class": lambda m: setattr(getattr(m, "_original_class", type(m)), "scale", 5.0),
+    "a buffer": lambda m: setattr(m, "shift", torch.arange(float(H))),
+    "a parameter": lambda m: setattr(m, "bias", nn.Parameter(torch.arange(float(H)))),
+    "a parameter of another name": lambda m: setattr(m, "scale", nn.Parameter(torch.arange(float(H)))),
+    "a module": lambda m: setattr(m, "head", nn.Softmax(-1)),
+    "in a list": lambda m: m.adapters.append(nn.Softmax(-1)),
+    "in a dict": lambda m: m.table.update({"a": nn.Softmax(-1)}),
+    "in a sequence": lambda m: m.last.append(nn.Softmax(-1)),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("what", LATER)
+def test_what_was_missing_and_comes_later(monkeypatch, references, what, called):
+    if what == "an attribute of the class":
+        monkeypatch.setattr(Optional, "scale", None, raising=False)
+        monkeypatch.delattr(Optional, "scale")
+    model, x = Optional(), torch.randn(2, 3, H)
+    optimised, before = ligerfx.optimize(model, (x,)), model(x)
+    program = optimised._ligerfx_program
+    if called:
+        torch.testing.assert_close(optimised(x), before)
+        assert optimised._ligerfx_program is program, "what was looked for in vain is found"
+    LATER[what](model)
+    if what != "an attribute of the class":
+        LATER[what](optimised)
+    torch.testing.assert_close(optimised(x), model(x))
+    assert not torch.allclose(model(x), before)
+
+
+def twice(logits, labels, vocab_size, **kwargs):
+    return 2 * nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+def test_a_loss_function_that_is_set_afterwards(llama):
+    optimised, model = both(llama)
+    inputs = batch(llama)
+    assert_same(optimised, model, inputs)
+    for m in (optimised, model):
+        m.loss_function = twice
+    assert_same(optimised, model, inputs)
+
+
+def test_a_module_that_was_compiled_in_place(llama):
+    """No copy has the compiled call of the module that it is a copy of."""
+    inputs = batch(llama)
+    model = copy.deepcopy(llama)
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="was compiled with compile\\(\\). The result is not"):
+        optimised = ligerfx.optimize(model, inputs)
+    assert optimised.report.idioms == ligerfx.optimize(llama, inputs).report.idioms
+    assert type(optimised(**inputs).logits) is ligerfx.DeferredTensor
+    optimised.compile(backend="eager")
+    expected = optimised(**inputs).loss
+    for make_copy in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        other = make_copy(optimised)
+        other.lm_head = nn.Linear(*reversed(llama.lm_head.weight.shape), bias=False)
+        assert not torch.allclose(other(**inputs).loss, expected)
+        torch.testing.assert_close(optimised(**inputs).loss, expected)
+    assert copy.copy(optimised)._compiled_call_impl is None
+
+
 def test_list_attribute_changed_in_place():
     module = Norm()
     optimised, x = ligerfx.optimize(module, (torch.randn(2, 3, H),)), torch.randn(2, 3, H)

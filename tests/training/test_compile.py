@@ -280,6 +280,10 @@ def add_hook(module):
     module.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
+def twice(logits, labels, vocab_size, **kwargs):
+    return 2 * torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
 NORM, LAST_NORM, LINEAR = "model.layers.0.input_layernorm", "model.norm", "model.layers.0.mlp.up_proj"
 CHANGES = {
     "an attribute": (LAST_NORM, lambda m: setattr(m, "variance_epsilon", 0.25)),
@@ -292,6 +296,7 @@ CHANGES = {
     "a layer": ("model.layers", lambda m: m.__delitem__(0)),
     "a graph": (LAST_NORM, doubled),
     "a graph inside": (NORM, doubled),
+    "what was missing": ("", lambda m: setattr(m, "loss_function", twice)),
     "a hook": (NORM, add_hook),
     "a hook inside": (LINEAR, add_hook),
 }

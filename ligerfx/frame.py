@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from . import draws
 from .capture import PLAIN, Capture, Children, Read, Tie, join, parameters_of, submodule
 from .errors import CaptureError
 from .names import Names
@@ -57,6 +58,7 @@ class Frame:
         self.loops = Loops(self.graph)
         self.numbers: list[TracedInt | TracedFloat] = []  # that modules returned which stay as they are
         self.symbols: set[sympy.Symbol] = set()  # of the sizes of what it works on
+        self.random = draws.state()  # when code of its own began to run
         self.guessing = False  # forward runs again, only so that modules inside are captured and there is an output
 
     def fail(self, reason: str) -> None:
@@ -230,6 +232,11 @@ class Frame:
             if mode[1:] != self.entry_mode[1:]:
                 self.fail("the autocast mode changes inside forward")
             self.capture.grad_enabled = mode[0]
+
+    def check_draws(self) -> None:
+        """Of the code of its own that has just run; to be called before and after that of a module inside."""
+        if draws.state() != self.random:
+            self.fail("forward draws random numbers from Python or numpy")
 
     def check_reads(self) -> None:
         for read in self.reads.values():

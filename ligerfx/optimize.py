@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from . import draws
 from .capture import Capture, structure
 from .clone import COMPILED, clone_tree
 from .compile_ahead import prepare
@@ -157,7 +158,7 @@ def _check_that_it_runs(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -
     """Raises OptimizeError if the model itself fails on the example inputs, rather than its capture."""
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), draws.put_back():
             model(*args, **kwargs)
     except Exception as error:
         raise OptimizeError(

@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
+from . import draws
 from .capture import (
     PLAIN,
     Alias,
@@ -79,7 +80,10 @@ class Tracer(Recorder):
         leaves = leaf_functions(self.root.modules(), self.record_leaf_function, self.log_lookup)
         # What a model compiles (flex attention) runs uncompiled meanwhile: the compiler ends the process on such fakes.
         # The stance is the process's, and is set while `leaves` keeps other threads from tracing.
-        with leaves, torch.compiler.set_stance("force_eager"), _errors_not_logged(), self.fakes.active(), self:
+        with (
+            leaves, torch.compiler.set_stance("force_eager"), _errors_not_logged(), draws.put_back(),
+            self.fakes.active(), self,
+        ):  # fmt: skip
             try:
                 self._shadows.root(*args, **kwargs)
             except Exception as error:  # the graph of every finished module is still good
@@ -198,6 +202,8 @@ class Tracer(Recorder):
         if id(shadow) in self._hopeless:
             raise CaptureError(self._hopeless[id(shadow)])
         guards_before = len(self.fakes.shape_env.guards)
+        for caller in self.frames[-1:]:
+            caller.check_draws()
         self.frames.append(frame)
         try:
             with self.guess_sizes(False):
@@ -228,6 +234,9 @@ class Tracer(Recorder):
                     raise
         finally:
             self.frames.pop()
+            frame.check_draws()
+            for caller in self.frames[-1:]:
+                caller.random = draws.state()
             # Modules inside answer for sizes that only they know.
             guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]
             capture.guards = [guard for guard in guards if guard.free_symbols <= frame.symbols]

@@ -1,6 +1,7 @@
 """Capture: sizes, branches, opaque modules, hooks, twins, numbers, grad modes and threads."""
 
 import copy
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from idioms import RMSNorm
 from torch import nn
 
 import ligerfx
+from ligerfx import draws
 from ligerfx.tracer import Tracer
 from models import batch, expected_idioms, make
 
@@ -317,6 +319,48 @@ def test_capture_draws_no_random_numbers():
     call = torch.ones(2, 6, H)
     ligerfx.optimize(module, (call,))
     assert torch.equal(torch.rand(1), expected)
+
+
+class Layers(nn.Module):
+    """Leaves layers out, as layerdrop does."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.layers, self.draw = nn.ModuleList(Scaled() for _ in range(4)), draw
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.draw() < 0.5:
+                x = layer(x)
+        return x
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = RMSNorm(H)
+
+    def forward(self, x):
+        return 2 * self.norm(x)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["python", "numpy"])
+def test_numbers_of_other_generators_are_drawn_at_every_call(draw):
+    model, call = Layers(draw), torch.randn(2, 3, H)
+
+    def results(m):
+        random.seed(1)
+        np.random.seed(1)
+        return torch.stack([m(call) for _ in range(8)])
+
+    random.seed(2)
+    np.random.seed(2)
+    before = draws.state()
+    optimised = ligerfx.optimize(model, (call,))
+    assert draws.state() == before
+    assert list(optimised.report.opaque) == [""]
+    assert "draws random numbers" in optimised.report.opaque[""]
+    torch.testing.assert_close(results(optimised), results(model))
 
 
 def test_dropout_is_drawn_anew_at_every_call():

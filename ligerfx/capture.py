@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from .constants import PLAIN, literal
+from .constants import PLAIN, copied, literal
 from .names import Name
 from .sharded import (
     gathers_nothing,
@@ -243,13 +243,19 @@ def has_content(value: Any, cls: type, known: Any) -> bool:
 
 
 def snapshot(value: Any) -> Any:
-    """A shallow copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
-    configuration-like object. None for a value that cannot, or whose change is seen elsewhere."""
+    """A copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
+    configuration-like object, with the lists, dicts and sets inside. None for a value that cannot, or whose change is
+    seen elsewhere."""
     if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or callable(value):
         return None
-    if isinstance(value, (list, dict, set)) or hasattr(value, "__dict__"):
-        return _content(value).copy()
-    return None
+    if not isinstance(value, (list, dict, set)) and not hasattr(value, "__dict__"):
+        return None
+    content = _content(value).copy()
+    if isinstance(content, dict):
+        content.update((key, copied(inside)) for key, inside in list(content.items()))
+    elif isinstance(content, list):
+        content[:] = map(copied, content)
+    return content
 
 
 def _content(value: Any) -> Any:

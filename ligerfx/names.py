@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .constants import PLAIN, literal
+from .constants import PLAIN, copied, literal
 
 _LIBRARIES = {"torch", "ligerfx", "numpy", "transformers", "accelerate", "peft"} | sys.stdlib_module_names
 _MODELS = "transformers.models."
@@ -78,7 +78,7 @@ class Name:
         now = _state(self.value)
         if isinstance(now, dict) and isinstance(self.space, ModuleType) and _is_of_a_library(self.space):
             # Each model of transformers that is built adds to a table of its output classes.
-            return all(now.get(key, _ABSENT) is value for key, value in self.state.items())
+            return all(_same(now.get(key, _ABSENT), value) for key, value in self.state.items())
         return now == self.state
 
     def holds_for_compiler(self) -> bool:
@@ -125,10 +125,14 @@ _holds_now._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _state(value: Any) -> Any:
     """What of a value can change in place; None for what cannot, or is compared part by part."""
     if isinstance(value, (list, set)):
-        return value.copy()
+        return type(value)(map(copied, value)) if type(value) in (list, set) else value.copy()
     if isinstance(value, dict):  # what is in it, whatever a subclass makes of it
-        return dict(dict.items(value))
+        return {key: copied(inside) for key, inside in dict.items(value)}
     return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+
+
+def _same(value: Any, known: Any) -> bool:
+    return value is known or (type(value) in (list, dict, set) and value == known)
 
 
 def original(value: Any) -> Any:

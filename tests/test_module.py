@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -345,6 +346,38 @@ def test_attribute_of_the_config_changed(llama):
     for m in (optimised, model):
         m.config.final_logit_softcapping = 1.5
     assert_same(optimised, model, inputs)
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.config = nn.RMSNorm(H), SimpleNamespace(rope={"factor": 2.0}, types=["full", "sliding"])
+        self.table = {"a": {"b": 3.0}}
+
+    def forward(self, x):
+        y = self.norm(x) * self.config.rope["factor"] + self.table["a"]["b"]
+        return y if self.config.types[0] == "full" else y * 7
+
+
+NESTED = {
+    "a dict of the configuration": lambda m: m.config.rope.update(factor=5.0),
+    "a list of the configuration": lambda m: m.config.types.__setitem__(0, "sliding"),
+    "a dict in a dict": lambda m: m.table["a"].update(b=5.0),
+}
+
+
+@pytest.mark.parametrize("what", NESTED)
+def test_what_is_inside_a_configuration_changed(references, what):
+    model, x = Nested(), torch.randn(2, 3, H)
+    optimised, before = ligerfx.optimize(copy.deepcopy(model), (x,)), model(x)
+    for _ in range(2):
+        torch.testing.assert_close(optimised(x), before)
+    assert len(optimised._ligerfx_programs) == 1
+    for m in (model, optimised):
+        NESTED[what](m)
+    for _ in range(2):
+        torch.testing.assert_close(optimised(x), model(x))
+    assert not torch.allclose(model(x), before) and not optimised._ligerfx_program.capture.error
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])

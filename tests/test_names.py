@@ -22,6 +22,7 @@ H = 8
 SCALE = 2.0
 DOUBLE = True
 FACTORS = {"half": 0.5, "third": [3.0]}
+NESTED, TABLES = {"a": {"b": {"c": 3.0}}}, [{"a": 3.0}]
 SETTINGS = types.SimpleNamespace(inner=types.SimpleNamespace(scale=1.5))
 FUNCTIONS = {"twice": lambda x: x * 2 * SCALE}
 
@@ -94,6 +95,8 @@ def setting(name, value):
         (lambda self, x: x * FACTORS["half"], lambda m: m.setitem(FACTORS, "half", 4.0)),
         (lambda self, x: FUNCTIONS["twice"](x), setting("SCALE", 5.0)),
         (lambda self, x: FUNCTIONS["twice"](x), lambda m: m.setitem(FUNCTIONS, "twice", lambda x: x)),
+        (lambda self, x: x * NESTED["a"]["b"]["c"], lambda m: m.setitem(NESTED["a"]["b"], "c", 4.0)),
+        (lambda self, x: x * TABLES[0]["a"], lambda m: m.setitem(TABLES[0], "a", 4.0)),
         (lambda self, x: x * SETTINGS.inner.scale, lambda m: m.setattr(SETTINGS.inner, "scale", 4.0)),
         (lambda self, x: x + Constants.shift, lambda m: m.setattr(Constants, "shift", 4.0)),
         (lambda self, x: x + getattr(Constants, "shift"), lambda m: m.setattr(Constants, "shift", 4.0)),  # noqa: B009

@@ -74,7 +74,7 @@ class Read:
         """`same` as Python code, of which `constant` gives that of an object. In each call compiled code checks all
         that it reads, but no literals."""
         value = f"getattr({module}, {self.name!r})"
-        if type(self) is Read and self.name not in HIDDEN:
+        if type(self) is Read and self.name not in HIDDEN and not isinstance(self.value, types.MethodType):
             if self._by_value:
                 return f"{constant(is_value)}({value}, {literal(self.value, constant)})"
             if type(self.state) is dict:
@@ -246,7 +246,7 @@ def snapshot(value: Any) -> Any:
     """A copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
     configuration-like object, with the lists, dicts and sets inside. None for a value that cannot, or whose change is
     seen elsewhere."""
-    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or callable(value):
+    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or (callable(value) and not _has_state(value)):
         return None
     if not isinstance(value, (list, dict, set)) and not hasattr(value, "__dict__"):
         return None
@@ -259,8 +259,20 @@ def snapshot(value: Any) -> Any:
 
 
 def _content(value: Any) -> Any:
-    """A list, dict or set itself, and of another object the attributes."""
+    """A list, dict or set itself, and of another object, or that of a method, the attributes."""
+    if isinstance(value, types.MethodType):
+        return {**vars(value.__self__), "__func__": value.__func__}
     return value if issubclass(type(value), (list, dict, set)) else vars(value)
+
+
+def _has_state(function: Any) -> bool:
+    """Whether what is called is, or belongs to, an object with attributes of its own. (Not a module, whose attributes
+    are read one by one.)"""
+    if isinstance(function, types.MethodType):
+        owner = function.__self__
+        return not isinstance(owner, (type, nn.Module)) and hasattr(owner, "__dict__")
+    written = any(isinstance(vars(cls).get("__call__"), types.FunctionType) for cls in type(function).__mro__)
+    return written and hasattr(function, "__dict__")
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -190,11 +190,10 @@ def settled_if_sharded(module: torch.nn.Module, out: Any) -> Any:
 class Unchanged:
     """A tensor that values are computed from, which must be as it was."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, sampled: bool) -> None:
         self.tensor, self.version = tensor, tensor._version
-        self.sample: torch.Tensor | None = None
-        if tensor.is_leaf and tensor.requires_grad and type(tensor) in (torch.Tensor, torch.nn.Parameter):
-            self.sample = self._sample().clone()
+        sampled = sampled and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        self.sample = self._sample().clone() if sampled else None
 
     def _sample(self) -> torch.Tensor:
         """Some of the numbers of a matrix. The fused steps of torch's optimizers, and those that write to `data`, leave
@@ -352,7 +351,7 @@ def deferred(
             logits = convert(compute_logits(x, weight, bias, softcap, scale))
         return late(logits) if late and torch.is_grad_enabled() else logits
 
-    needs = [Unchanged(t) for t in inputs if t is not None and not t.is_inference()]
+    needs = [Unchanged(t, sampled=t is weight) for t in inputs if t is not None and not t.is_inference()]
 
     def make(requires_grad: bool) -> DeferredTensor:
         return DeferredTensor.make(

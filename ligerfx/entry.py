@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -179,7 +180,7 @@ def _check_read(source: _Source, read: Read) -> None:
         source.check(f"type({state}[{read.name!r}]) is int")
     elif not read.can_change:
         source.check(f"{state}.get({read.name!r}, absent) is {value} or {general}")
-    elif isinstance(read.state, dict) and not isinstance(read.value, dict):  # a configuration
+    elif isinstance(read.state, dict) and not isinstance(read.value, (dict, MethodType)):  # a configuration
         # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
         kind, known = source.constant(type(read.value)), source.constant(read.state)
         source.lines.append(f"v = {state}[{read.name!r}]")

@@ -310,6 +310,38 @@ def test_a_loss_function_that_is_set_afterwards(llama):
     assert_same(optimised, model, inputs)
 
 
+class Loss:
+    """A loss that has state, as an object that is called and by a method."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, *args, **kwargs):
+        return self.factor * twice(*args, **kwargs)
+
+    def method(self, *args, **kwargs):
+        return self(*args, **kwargs)
+
+
+@pytest.mark.parametrize("function", [lambda loss: loss, lambda loss: loss.method], ids=["object", "method"])
+def test_a_loss_function_with_state(llama, function):
+    model, loss, inputs = copy.deepcopy(llama), Loss(3.0), batch(llama)
+    model.loss_function = function(loss)
+    optimised = optimized(model)
+    for m in (optimised, model):
+        m.loss_function = function(loss)  # the very object, which copies do not share
+    found = []
+    for change in (lambda: None, lambda: setattr(loss, "factor", 5.0), lambda: setattr(loss, "factor", 3.0)):
+        change()
+        for _ in range(2):
+            assert_same(optimised, model, inputs)
+        found.append(model(**inputs).loss.item())
+    assert found[0] != found[1] and found[0] == found[2]
+    for m in (optimised, model):
+        m.loss_function = function(Loss(7.0))
+    assert_same(optimised, model, inputs)
+
+
 def test_a_module_that_was_compiled_in_place(llama):
     """No copy has the compiled call of the module that it is a copy of."""
     inputs = batch(llama)

@@ -178,6 +178,11 @@ def test_logits_of_a_compiled_model_stay_deferred_and_have_no_gradient(device):
         model.lm_head.weight.mul_(2.0)
         with pytest.raises(RuntimeError, match="weights have changed since"):
             output.logits.sum()
+    output = compiled(**inputs)
+    output.loss.backward()
+    torch.optim.AdamW(compiled.parameters(), fused=True).step()
+    with pytest.raises(RuntimeError, match="weights have changed since"):
+        output.logits.sum()
 
 
 def test_logits_inside_what_is_compiled_have_their_gradient(device):

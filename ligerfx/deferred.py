@@ -118,8 +118,11 @@ class DeferredTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten.detach.default:  # what making a wrapper subclass itself calls
             return args[0]
-        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor.materialize, (tuple(args), dict(kwargs or {})))
+        args, kwargs = tree_map_only(DeferredTensor, DeferredTensor._below_autograd, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
+
+    def _below_autograd(self) -> torch.Tensor:
+        return self.materialize() if self._value is None else self._value
 
     def _then(self, func: Callable, args: tuple, kwargs: dict) -> DeferredTensor:
         """The deferred result of `func` on this tensor."""
@@ -215,7 +218,7 @@ class Unchanged:
         if not changed and self.sample is not None and not capturing(self.tensor):
             now = self._sample()
             changed = now.dtype != self.sample.dtype or now.shape != self.sample.shape
-            changed = changed or not torch.equal(now.to(self.sample.device), self.sample)
+            changed = changed or not torch.allclose(now.to(self.sample.device), self.sample, 0.0, 0.0, equal_nan=True)
         if changed:
             raise RuntimeError(
                 "the logits of this output were deferred, and the model's weights have changed since "

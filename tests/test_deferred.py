@@ -398,6 +398,22 @@ def test_a_function_that_takes_the_tensor_itself_gives_gradients(options, taken)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_function_that_takes_the_tensor_itself_computes_it_once(computed):
+    x, weight, bias = parts()
+    logits = deferred_logits(x, weight, bias)
+    with torch._C.DisableTorchFunctionSubclass():  # as TorchScript and C++ code call operations
+        _ = logits.exp() + logits.sin() + logits.cos()
+    assert len(computed) == 1
+    assert (logits * 2).requires_grad and len(computed) == 2  # with a graph
+
+
+def test_weights_that_are_not_numbers_have_not_changed():
+    x, weight, bias = parts()
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    assert deferred_logits(x, weight, bias).sum().isnan()
+
+
 def test_second_derivatives_of_a_function_that_takes_the_tensor_itself():
     inputs = parts()
     found, expected = [], []

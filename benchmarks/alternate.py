@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import environment
-from benchmarks.models import VARIANTS, WORKLOADS, Workload, load
+from benchmarks.models import VARIANTS, Workload, load
 from benchmarks.tables import wide_console
-from benchmarks.train import Training, host_milliseconds
+from benchmarks.train import Training, add_arguments, check_variants, host_milliseconds, workload_of
 
 NAMES = [name for name in VARIANTS if name != "liger"]
 FIGURES = {
@@ -86,19 +85,13 @@ def show(console: Console, title: str, found: Found) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=WORKLOADS, default="small-host-qwen3")
-    parser.add_argument("--variants", default="ligerfx,compile,ligerfx-compile", help=f"of {','.join(NAMES)}")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", type=int, help="sequences in a step; default: those of the model's workload")
-    parser.add_argument("--steps", type=int, help="timed steps a round; default: 8, or 50 where steps are short")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    add_arguments(parser, "small-host-qwen3", "ligerfx,compile,ligerfx-compile", NAMES, rounds=7)
     arguments = parser.parse_args()
     names = arguments.variants.split(",")
-    if unknown := set(names) - set(NAMES):
-        parser.error(f"unknown variants: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    check_variants(parser, names, NAMES)
 
-    workload = WORKLOADS[arguments.model]
-    workload = workload._replace(batch=arguments.batch or workload.batch, steps=arguments.steps or workload.steps)
+    workload = workload_of(arguments)
+    workload = workload._replace(steps=arguments.steps or workload.steps)
     console = wide_console()
     trainings, held = start(names, workload, console)
     found = measure(trainings, held, workload.steps, arguments.rounds)

@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -265,14 +265,26 @@ class Run:
             self.arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=WORKLOADS, default="llama-1b")
-    parser.add_argument("--variants", default="eager,liger,ligerfx,compile", help=f"of {','.join(VARIANTS)}")
-    parser.add_argument("--rounds", type=int, default=2)
+def add_arguments(
+    parser: argparse.ArgumentParser, model: str, variants: str, known: Iterable[str], rounds: int
+) -> None:
+    """What is measured, by default this model and these of the known variants, and where to write it."""
+    parser.add_argument("--model", choices=WORKLOADS, default=model)
+    parser.add_argument("--variants", default=variants, help=f"of {','.join(known)}")
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--batch", type=int, help="sequences in a step; default: those of the model's workload")
     parser.add_argument("--steps", type=int, help="timed steps a round; default: 8, or 50 where steps are short")
     parser.add_argument("--json", type=Path, help="write the results here")
+
+
+def check_variants(parser: argparse.ArgumentParser, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := set(names) - set(known):
+        parser.error(f"unknown variants: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, "llama-1b", "eager,liger,ligerfx,compile", VARIANTS, rounds=2)
     parser.add_argument("--profile", default="", metavar="VARIANTS", help="these also by kernel; comma-separated")
     parser.add_argument("--time-limit", type=float, default=540, help="seconds after which no measurement starts")
     parser.add_argument("--worker-timeout", type=float, default=240, help="seconds that one measurement may take")
@@ -283,8 +295,7 @@ def main() -> None:
         work(arguments)
         return
     names, profiled = (list(filter(None, text.split(","))) for text in (arguments.variants, arguments.profile))
-    if unknown := {*names, *profiled} - set(VARIANTS):
-        parser.error(f"unknown variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    check_variants(parser, {*names, *profiled}, VARIANTS)
 
     console = wide_console()
     run = Run(console, names, profiled, arguments)

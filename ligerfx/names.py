@@ -75,11 +75,15 @@ class Name:
         return type(value) is type(self.value) and isinstance(value, (*PLAIN, tuple)) and bool(value == self.value)
 
     def _holds_in_place(self) -> bool:
-        now = _state(self.value)
-        if isinstance(now, dict) and isinstance(self.space, ModuleType) and _is_of_a_library(self.space):
+        """Whether what can change in place is as in `state`; of a subclass what it holds, whatever that makes of it."""
+        value = self.value
+        if isinstance(value, torch.Tensor):
+            return value._version == self.state
+        if isinstance(value, dict) and isinstance(self.space, ModuleType) and _is_of_a_library(self.space):
             # Each model of transformers that is built adds to a table of its output classes.
-            return all(_same(now.get(key, _ABSENT), value) for key, value in self.state.items())
-        return now == self.state
+            return all(_same(dict.get(value, key, _ABSENT), known) for key, known in self.state.items())
+        kind = next(kind for kind in (list, set, dict) if isinstance(value, kind))
+        return kind.__eq__(value, self.state)
 
     def holds_for_compiler(self) -> bool:
         """The same, as torch.compile can trace it: what it compiles asks again, at least for numbers and functions of

@@ -33,6 +33,7 @@ from .capture import (
 )
 from .clone import COMPILED, clone_tree, detach_state
 from .errors import CaptureError
+from .frame import Frame
 from .leaves import CACHE_INDEX, HOOKS_MARK
 from .recorder import Recorder
 from .sharded import whole_parameters, wrapped_module
@@ -221,17 +222,23 @@ class ShadowTree:
         if id(value) in self.origins.paths:
             self._log_reference(join(path, name), value)
             return value
+        if (frame := self._frame_around(path)) is None:
+            return value
+        relative = frame.relative(path)
+        if (relative, name) not in frame.reads:
+            # A layer that tells a cache its number, and no more, has the graph of the other layers.
+            traced = self.origins.parameters.get(id(value), value)
+            if name == CACHE_INDEX and type(value) is int:
+                traced = TracedInt(value)
+            frame.reads[relative, name] = Read(relative, name, traced)
+        return frame.reads[relative, name].value if name == CACHE_INDEX else value
+
+    def _frame_around(self, path: str) -> Frame | None:
+        """The innermost graph under construction whose module is the one of this path, or holds it."""
         for frame in reversed(self.recorder.frames):
             if path == frame.path or frame.path == "" or path.startswith(frame.path + "."):
-                relative = frame.relative(path)
-                if (relative, name) not in frame.reads:
-                    # A layer that tells a cache its number, and no more, has the graph of the other layers.
-                    traced = self.origins.parameters.get(id(value), value)
-                    if name == CACHE_INDEX and type(value) is int:
-                        traced = TracedInt(value)
-                    frame.reads[relative, name] = Read(relative, name, traced)
-                return frame.reads[relative, name].value if name == CACHE_INDEX else value
-        return value
+                return frame
+        return None
 
     def _log_other(self, shadow: nn.Module, name: str, value: Any) -> None:
         """What is None or missing may be there later, and an empty list of modules have some."""
@@ -244,11 +251,9 @@ class ShadowTree:
 
     def _log_check(self, shadow: nn.Module, kind: type[Read], name: str, value: Any) -> None:
         path = self.origins.paths.get(id(shadow))
-        for frame in reversed(self.recorder.frames):
-            if path is not None and (path == frame.path or frame.path == "" or path.startswith(frame.path + ".")):
-                relative = frame.relative(path)
-                frame.reads.setdefault((relative, name), kind(relative, name, value))
-                return
+        if path is not None and (frame := self._frame_around(path)) is not None:
+            relative = frame.relative(path)
+            frame.reads.setdefault((relative, name), kind(relative, name, value))
 
     def _log_reference(self, path: str, target: nn.Module) -> None:
         """An attribute that is a module of the model, and no submodule where it is read: for the graph it is the

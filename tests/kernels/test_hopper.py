@@ -240,7 +240,7 @@ for first, last in ((True, False), (False, False), (False, True)):
 """
 
 
-@pytest.mark.skipif(not _hopper.TRIED, reason="Gluon is used with Triton 3.6 and 3.7 alone")
+@pytest.mark.skipif(not _hopper.TRIED, reason="Gluon is used with Triton 3.6 to 3.9 alone")
 def test_compile_without_a_gpu():
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-P", "-c", COMPILE]

@@ -22,9 +22,9 @@ STEPS = range(5)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def engine_of(model, stage):
+def engine_of(model, stage, **settings):
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    return deepspeed.initialize(model=model, config=config(stage))[0]
+    return deepspeed.initialize(model=model, config=config(stage) | settings)[0]
 
 
 def config(stage):
@@ -36,14 +36,14 @@ def config(stage):
     }
 
 
-def run(engine):
-    """Losses, parameters and the last output of some steps."""
+def run(engine, steps=STEPS):
+    """Losses, parameters and the last output of some steps, the last of which changes no parameter."""
     losses = []
-    for step in STEPS:
+    for step in steps:
         output = engine(**shards(step)[dist.get_rank()], use_cache=False)
         engine.backward(output.loss)
         losses.append(output.loss.item())
-        if step < STEPS[-1]:
+        if step < steps[-1]:
             engine.step()
     return losses, parameters(engine.module), output
 
@@ -139,6 +139,28 @@ def zero3_head_with_a_hook(folder):
     assert [str(w.message) for w in caught if "and has other hooks than those that gather" in str(w.message)]
     hook.remove()
     assert type(engine(**inputs, use_cache=False).logits) is ligerfx.DeferredTensor and len(calls) == 1
+
+
+def zero_checkpoints(folder):
+    """Two batches a step. What one engine saves, the other goes on from, whichever of the models each has."""
+    models = {"original": make, "optimised": lambda name: ligerfx.optimize(make(name))}
+    for stage in (2, 3):
+        runs = {}
+        for saver, build in models.items():
+            engine = engine_of(build("llama"), stage, gradient_accumulation_steps=2)
+            for step in range(4):
+                engine.backward(engine(**shards(step)[dist.get_rank()], use_cache=False).loss)
+                engine.step()
+            engine.save_checkpoint(str(folder / f"{saver}{stage}"))
+            runs[saver] = run(engine, range(4, 7))
+            for loader, other in models.items():
+                engine = engine_of(other("llama"), stage, gradient_accumulation_steps=2)
+                engine.load_checkpoint(str(folder / f"{saver}{stage}"))
+                runs[saver, loader] = run(engine, range(4, 7))
+        for found in runs.values():
+            assert_equal(found, runs["original"])
+        untrained = run(engine_of(make("llama"), stage, gradient_accumulation_steps=2), range(4, 7))
+        assert untrained[0][0] != runs["original"][0][0], "nothing was loaded"
 
 
 def zero3_built_in_shards(folder):

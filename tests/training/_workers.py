@@ -30,6 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -465,6 +467,45 @@ def fsdp1_no_sync_and_mixed_precision(folder):
         (losses, parameters), (expected_losses, expected) = found
         assert losses == expected_losses and len(set(losses)) == STEPS, (losses, expected_losses)
         assert all(torch.equal(parameters[name], value) for name, value in expected.items())
+
+
+# -- tensor parallelism ----------------------------------------------------------------------------------------
+
+
+def tensor_parallel(folder):
+    """Half of each projection's weight in each process, before `optimize` or after it, with and without the head. Two
+    steps of the same batch in both."""
+    inputs = shards(0)[0]
+
+    def split(model, head):
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())} if head else {}
+        for path, _ in model.named_modules():
+            if path.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+                plan[path] = ColwiseParallel()
+            elif path.endswith(("o_proj", "down_proj")):
+                plan[path] = RowwiseParallel()
+        return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+
+    def run(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        outputs = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            outputs.append(model(**inputs, use_cache=False))
+            outputs[-1].loss.backward()
+            optimizer.step()
+        gradients = {n: getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for n, p in model.named_parameters()}
+        return [output.loss.item() for output in outputs], gradients, outputs[0].logits
+
+    losses, gradients, _ = run(make("llama"))
+    for head in (False, True):
+        for model in (ligerfx.optimize(split(make("llama"), head)), split(ligerfx.optimize(make("llama")), head)):
+            found = run(model)
+            torch.testing.assert_close(found[0], losses, rtol=1e-6, atol=0)
+            for name, gradient in gradients.items():
+                atol = 1e-5 * gradient.abs().max().item()
+                torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=atol, msg=name)
+            assert (type(found[2]) is ligerfx.DeferredTensor) == (not head)
 
 
 # -- the other order -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from training.processes import by_themselves, failure, run_workers
 
 pytestmark = by_themselves
 
-CHECKS = ["zero2", "zero3", "zero3_logits", "zero3_head_with_a_hook", "zero3_built_in_shards"]
+CHECKS = ["zero2", "zero3", "zero3_logits", "zero3_head_with_a_hook", "zero3_built_in_shards", "zero_checkpoints"]
 
 
 @pytest.fixture(scope="module")

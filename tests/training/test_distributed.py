@@ -30,6 +30,7 @@ CHECKS = [
     "fsdp1_with_original_parameters",
     "fsdp1_tied",
     "fsdp1_no_sync_and_mixed_precision",
+    "tensor_parallel",
     "optimize_after_wrapping",
 ]
 

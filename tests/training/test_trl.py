@@ -141,8 +141,19 @@ def test_dpo(both, tokenizer, text, tmp_path, calls):
     assert calls.keys() >= LAYERS
 
 
-def test_grpo(both, tokenizer, text, tmp_path, calls):
-    """Generates, scores and learns; generated tokens are the same."""
+@pytest.mark.parametrize("reference", ["none", "another model", "without the adapter"])
+def test_grpo(both, tokenizer, text, tmp_path, calls, reference):
+    """Generates, scores and learns, near a reference model perhaps; generated tokens are the same."""
+    arguments, adapter = {"beta": 0.0 if reference == "none" else 0.5}, None
+    if reference == "another model":  # TRL loads it from where the policy came from
+        other = copy.deepcopy(both[0])
+        with torch.no_grad():
+            other.lm_head.weight.mul_(1.5)
+        other.save_pretrained(tmp_path / "reference")
+        for m in both:
+            m.config._name_or_path = str(tmp_path / "reference")
+    elif reference == "without the adapter":
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     runs, completions = [], [[], []]
     for number, m in enumerate(both):
         calls.clear()
@@ -155,13 +166,18 @@ def test_grpo(both, tokenizer, text, tmp_path, calls):
         trainer = GRPOTrainer(
             m,
             reward_funcs=reward,
-            args=GRPOConfig(str(tmp_path), **COMMON, num_generations=2, max_completion_length=6, epsilon=0.2),
+            args=GRPOConfig(
+                str(tmp_path), **COMMON, **arguments, num_generations=2, max_completion_length=6, epsilon=0.2
+            ),
             train_dataset=Dataset.from_list([{"prompt": text(4, i)} for i in range(4)]),
             processing_class=tokenizer,
+            peft_config=adapter,
         )
         trainer.train()
         runs.append(trainer)
     logs = assert_equal_runs(*runs)
     assert completions[0] == completions[1] and len(completions[0]) == 4
     assert any(entry.get("grad_norm") for entry in logs) and logs[0]["entropy"] > 0
-    assert calls.keys() >= LAYERS
+    divergences = [entry["kl"] for entry in logs if "kl" in entry]
+    assert bool(divergences) == (reference != "none") and all(divergences[1 if adapter else 0 :])
+    assert calls.keys() >= (LAYERS - {"rmsnorm_linear", "rmsnorm_mlp"} if adapter else LAYERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,6 +32,12 @@ _LAZY_METHODS = {"float", "to", "half", "bfloat16", "double", "detach", "contigu
 _UNKNOWN_YET = {"grad_fn", "_base"}
 """What wrappers of distributed training ask of every output of a model, to decide what to do with it: None until
 the values exist."""
+
+_PART_OF_GRADIENT = (
+    "A hook or retain_grad of deferred logits sees the gradient of what is computed from them, and the model's own "
+    "loss is not: a kernel computes it without them. With a forward hook on the head, the logits are an ordinary "
+    "tensor, and the loss is computed from it: model.get_output_embeddings().register_forward_hook(lambda *_: None)."
+)
 
 
 class DeferredTensor(torch.Tensor):
@@ -79,10 +86,10 @@ class DeferredTensor(torch.Tensor):
                 for needed in self._needs:
                     needed.check(self._freed)
                 # As if computed at once: with a graph if gradients were on then, whoever looks now.
-                by_another = needs_graph and not self._late and self._is_of_another()
-                with torch.set_grad_enabled(needs_graph and not by_another):
+                apart = needs_graph and not self._late and (self._is_of_another() or self._is_watched())
+                with torch.set_grad_enabled(needs_graph and not apart):
                     self._value = self._compute()
-                if by_another:
+                if apart:
                     with torch.enable_grad():
                         self._value = _Read.apply(self, self._value)
                 else:
@@ -101,6 +108,8 @@ class DeferredTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
+        if name == "retain_grad" or (name == "register_hook" and not _is_of_a_library(args[1])):
+            warnings.warn(_PART_OF_GRADIENT, stacklevel=2 if name == "retain_grad" else 4)
         if isinstance(first, DeferredTensor) and first._value is None:
             if attribute in _UNKNOWN_YET:
                 return None
@@ -156,6 +165,11 @@ class DeferredTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             ours = (_Attached._backward_cls, _Cast._backward_cls)
             return self.grad_fn is not None and not isinstance(self.grad_fn, ours)
+
+    def _is_watched(self) -> bool:
+        """Whether what operations save is for somebody else to keep or make again: for checkpointing of what reads
+        these values, which must save as much when it runs again and finds them."""
+        return self._is_attached() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
     def _hook_later(self, hook: Callable) -> RemovableHandle:
         """Keeps a hook of the gradient for the values."""
@@ -274,6 +288,11 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad, None
+
+
+def _is_of_a_library(hook: Callable) -> bool:
+    function = getattr(hook, "func", hook)  # of FSDP1 a partial
+    return (getattr(function, "__module__", None) or "").split(".")[0] in ("torch", "deepspeed", "accelerate")
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Deferred logits: nothing is computed before it is looked at, and then it is what eager gives."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -434,6 +435,24 @@ def test_a_hook_sees_the_gradient_of_a_function_that_takes_the_tensor_itself():
     torch.testing.assert_close(found, 3 * expected)
 
 
+@pytest.mark.parametrize("watch", [lambda t: t.retain_grad(), lambda t: t.register_hook(lambda grad: None)])
+def test_whoever_wants_the_gradient_of_the_logits_hears_what_it_lacks(watch):
+    model = make("llama", num_hidden_layers=1)
+    gm = ligerfx.optimize(model, inputs := batch(model))
+    with pytest.warns(UserWarning, match="the model's own loss is not") as caught:
+        watch(gm(**inputs).logits)
+    assert caught[0].filename == __file__
+    gm.get_output_embeddings().register_forward_hook(lambda *_: None)
+    gradients = []
+    with pytest.warns(UserWarning, match="logits are computed in full"):
+        out = gm(**inputs)
+    for output in (model(**inputs), out):
+        output.logits.retain_grad()
+        output.loss.backward()
+        gradients.append(output.logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
 def test_a_weight_changed_before_the_gradient_of_a_function_that_takes_the_tensor_itself():
     x, weight, bias = parts()
     loss = Squares.apply(deferred_logits(x, weight, bias))
@@ -441,6 +460,23 @@ def test_a_weight_changed_before_the_gradient_of_a_function_that_takes_the_tenso
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="have changed since"):
         loss.backward()
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.autograd.graph.save_on_cpu])
+def test_checkpointing_of_what_reads_the_logits(context, computed):
+    """It runs again in the backward, and finds the values: it must save as many tensors."""
+    inputs = parts()
+    gradients = []
+    for make_logits in (deferred_logits, eager):
+        with context():
+            logits = make_logits(*inputs, softcap=2.0)
+            checkpoint(lambda x: x.float().logsumexp(-1).square().sum(), logits, use_reentrant=False).backward()
+        gradients.append([t.grad for t in inputs])
+        for t in inputs:
+            t.grad = None
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(computed) == 2, "for the values, and for their gradient"
 
 
 @pytest.mark.parametrize("labels", [True, False])

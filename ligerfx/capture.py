@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,9 +79,16 @@ class Read:
             if self._by_value:
                 return f"{constant(is_value)}({value}, {literal(self.value, constant)})"
             if type(self.state) is dict:
-                known = ", ".join(f"{literal(k, constant)}: {literal(v, constant)}" for k, v in self.state.items())
-                return f"{constant(has_content)}({value}, {constant(type(self.value))}, {{{known}}})"
+                return self._code_of_content(value, constant)
         return f"{constant(self.same)}({module})"
+
+    def _code_of_content(self, value: str, constant: Callable[[Any], str]) -> str:
+        # An object inside that the code speaks of is an `Inside`. The compiler would take it for the constant that it
+        # is compared with, and not look at this attribute any more.
+        objects = tuple(n for n, v in self.state.items() if has_attributes(v)) if has_attributes(self.value) else ()
+        plain = {name: v for name, v in self.state.items() if name not in objects}
+        known = ", ".join(f"{literal(k, constant)}: {literal(v, constant)}" for k, v in plain.items())
+        return f"{constant(has_content)}({value}, {constant(type(self.value))}, {{{known}}}, {objects!r})"
 
     def same(self, module: nn.Module) -> bool:
         """Whether `module` still has the attribute as it was read."""
@@ -128,6 +136,33 @@ class Missing(Read):
         if self.value is None:
             return f"getattr({module}, {self.name!r}) is None"
         return f"not hasattr({module}, {self.name!r})"
+
+
+@dataclasses.dataclass(eq=False)
+class Inside(Read):
+    """An object with attributes inside an attribute of the module, by a `name` with dots."""
+
+    def same(self, module: nn.Module) -> bool:
+        try:
+            value = operator.attrgetter(self.name)(module)
+        except AttributeError:
+            return False
+        return has_content(value, type(self.value), self.state)
+
+    def code(self, module: str, constant: Callable[[Any], str]) -> str:
+        return self._code_of_content(f"{module}.{self.name}", constant)
+
+
+@dataclasses.dataclass(eq=False)
+class Inherited(Read):
+    """A method of the module's class: the module has no attribute of that name of its own."""
+
+    def same(self, module: nn.Module) -> bool:
+        return self.name not in module.__dict__
+
+    def code(self, module: str, constant: Callable[[Any], str]) -> str:
+        """Compiled code, of this module or any, does not notice one."""
+        return f"({constant(torch.compiler.is_compiling)}() or {self.name!r} not in {module}.__dict__)"
 
 
 @dataclasses.dataclass(eq=False)
@@ -237,9 +272,19 @@ def is_value(value: Any, known: Any) -> bool:
     return value is known or (type(value) is type(known) and _equal(value, known))
 
 
-def has_content(value: Any, cls: type, known: Any) -> bool:
-    """Whether an object of this class holds what was known of it, by its `snapshot`."""
-    return type(value) is cls and _equal(_content(value), known)
+def has_content(value: Any, cls: type, known: Any, but: tuple[str, ...] = ()) -> bool:
+    """Whether an object of this class holds what was known of it, by its `snapshot`; `but` names what is not in it."""
+    if type(value) is not cls:
+        return False
+    content = _content(value)
+    if but:
+        content = {name: inside for name, inside in content.items() if name not in but}
+    return _equal(content, known)
+
+
+def has_attributes(value: Any) -> bool:
+    """Whether a value is an object that is compared by its attributes: a configuration."""
+    return isinstance(snapshot(value), dict) and not isinstance(value, (dict, types.MethodType))
 
 
 def snapshot(value: Any) -> Any:

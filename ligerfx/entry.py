@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node, map_arg
 
-from .capture import GLOBAL_HOOKS, OWN_HOOKS, AnyInt, Read, StandsFor, has_own_hooks
+from .capture import GLOBAL_HOOKS, OWN_HOOKS, AnyInt, Inherited, Read, StandsFor, has_attributes, has_own_hooks
 from .deferred import settled_if_sharded
 from .names import hold
 from .signature import autocast_key
@@ -169,6 +168,9 @@ def _check_modules(source: _Source, checks: Sequence[StandsFor | Read], module: 
 
 
 def _check_read(source: _Source, read: Read) -> None:
+    if type(read) is Inherited:
+        source.check(f"{read.name!r} not in {source.state(read.path)}")
+        return
     owner = source.module(read.path)
     general = f"{source.constant(read)}.same({owner})"
     value = source.constant(read.value)
@@ -180,7 +182,7 @@ def _check_read(source: _Source, read: Read) -> None:
         source.check(f"type({state}[{read.name!r}]) is int")
     elif not read.can_change:
         source.check(f"{state}.get({read.name!r}, absent) is {value} or {general}")
-    elif isinstance(read.state, dict) and not isinstance(read.value, (dict, MethodType)):  # a configuration
+    elif has_attributes(read.value):  # a configuration
         # The object is not asked itself: its `__getattribute__` is Python code, and takes longer than all the rest.
         kind, known = source.constant(type(read.value)), source.constant(read.state)
         source.lines.append(f"v = {state}[{read.name!r}]")

@@ -6,6 +6,7 @@ result, a parameter, a size. Recording a call looks its arguments up there.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -18,9 +19,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from . import draws
-from .capture import PLAIN, Capture, Children, Read, Tie, join, parameters_of, submodule
+from .capture import PLAIN, Capture, Children, Inside, Read, Tie, has_attributes, join, parameters_of, submodule
 from .errors import CaptureError
-from .names import Names
+from .names import Name, Names
 from .pieces import Loops
 from .source import call_site
 from .symbols import bind_sizes, size_node, symbols_of
@@ -55,6 +56,7 @@ class Frame:
         self.recorded_modes: set[tuple] = set()
         self.reads: dict[tuple[str, Any], Read] = {}
         self.code: dict[int, Any] = {}  # by id, functions and properties that ran
+        self.watched: list[tuple[Name, Any]] = []
         self.loops = Loops(self.graph)
         self.numbers: list[TracedInt | TracedFloat] = []  # that modules returned which stay as they are
         self.symbols: set[sympy.Symbol] = set()  # of the sizes of what it works on
@@ -203,6 +205,20 @@ class Frame:
             if isinstance(container, (nn.ModuleList, nn.ModuleDict)):
                 self.reads.setdefault((path, "_modules"), Children(path, "_modules", tuple(container._modules)))
 
+    def watch(self, forward: Callable) -> None:
+        """What is in the lists, dicts and sets that the code of a forward, which is about to run, reads by global
+        names."""
+        found = Names([forward]).found.values()
+        self.watched = [(name, copy.copy(name.value)) for name in found if type(name.value) in (list, dict, set)]
+
+    def put_back(self) -> None:
+        """Undoes what forward has changed there: it may hold fakes now."""
+        for name, before in self.watched:
+            if not name.holds():
+                self.fail(f"forward changes what {name.name!r} holds, outside of the model")
+                name.value.clear()
+                name.value.extend(before) if isinstance(before, list) else name.value.update(before)
+
     def log_names(self, forward: Callable) -> None:
         """What the code that ran reads by global names, the graph rests on."""
         functions = [read.value for read in self.reads.values() if callable(read.value)]
@@ -210,6 +226,16 @@ class Frame:
         self.capture.names |= names.found
         if names.sets_global:
             self.fail(f"{names.sets_global} sets a global variable")
+        for read in list(self.reads.values()):
+            self._log_inside(read, names.words)
+
+    def _log_inside(self, read: Read, words: set[str]) -> None:
+        """Objects inside a configuration or the like, by attributes that the code that ran speaks of."""
+        if type(read) in (Read, Inside) and has_attributes(read.value):
+            for name in words & vars(read.value).keys():
+                inside = Inside(read.path, f"{read.name}.{name}", vars(read.value)[name])
+                if has_attributes(inside.value) and self.reads.setdefault((inside.path, inside.name), inside) is inside:
+                    self._log_inside(inside, words)
 
     def bind_results(self, out: Any) -> None:
         """Lets sizes that come from a module that stays as it is be measured when it, or its caller, has run.

@@ -7,6 +7,7 @@ these functions lead to wrappers that record a call.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import sys
@@ -24,6 +25,8 @@ _lock = threading.RLock()
 
 TOLIST = FakeTensor.tolist
 """The one method of a tensor that torch does not tell a tracer of."""
+
+PRINT = print
 
 MASKS = "transformers.masking_utils"
 EAGER_ATTENTION = "eager_attention_forward"
@@ -152,13 +155,16 @@ def leaf_functions(
     replaced: list[tuple[dict, str, Any]] = []
     with _lock:
         plain_attention = F.scaled_dot_product_attention
+        attention._ligerfx_original = getattr(plain_attention, "_ligerfx_original", plain_attention)
         replaced.append((vars(F), "scaled_dot_product_attention", plain_attention))
         F.scaled_dot_product_attention = attention
         plain_tolist, FakeTensor.tolist = FakeTensor.tolist, tolist
+        replaced.append((vars(builtins), "print", builtins.print))
+        builtins.print = leaf(PRINT)
         for file in _source_files(modules):
             for name, value in list(vars(file).items()):
-                attention = name == EAGER_ATTENTION and isinstance(value, FunctionType)
-                if attention or is_mask_function(value) or is_kernel(value):
+                eager = name == EAGER_ATTENTION and isinstance(value, FunctionType)
+                if eager or is_mask_function(value) or is_kernel(value):
                     new: Any = leaf(value)
                 elif registry_class is not None and isinstance(value, registry_class):
                     new = _Registry(value, leaf, looked_up)

@@ -34,6 +34,7 @@ from .guard import guard_of, size_conditions
 from .listing import Line, listing
 from .matcher import Matcher
 from .matches import Match
+from .names import methods
 from .near_misses import NearMiss
 from .pattern import Pattern
 from .registry import referenced, references
@@ -142,6 +143,7 @@ class Session:
                 capture.reads.append(Lends(layer.target, "", parameters))
             else:
                 capture.absorbed[layer.target] = nn.Linear, parameters
+            capture.names |= {name.key: name for name in methods(nn.Linear, "forward")}
         conditions = size_conditions(capture, bool(chosen))
         checks = capture.module_checks()
         guard = guard_of(conditions, checks, list(capture.names.values()))
@@ -489,7 +491,8 @@ def warn_of_full_logits(module: OptimizedModule, program: Program) -> None:
             head = module.get_submodule(node.target)
             if not exposes_parameters(head):
                 what = (
-                    f"a {type(head).__name__} with an adapter, a hook or quantised weights, and not a plain nn.Linear"
+                    f"a {type(head).__name__} with an adapter, a hook, quantised weights or another forward, and not a "
+                    "plain nn.Linear"
                 )
                 cure = "As a plain nn.Linear (after merge_and_unload(), say), it is fused with the loss"
                 if is_fully_sharded(head):

@@ -5,7 +5,8 @@ graph has the value, so it serves while the names stand for what they stood for.
 
 Which names those are is read off the compiled code, of the functions that ran as methods of the module, and of all that
 they refer to by name. Names that the code holds but this call did not read are among them: they cost a comparison. Of
-torch, numpy and the standard library nothing is compared.
+torch, numpy and the standard library nothing is compared, but for the functions of torch.nn.functional, which some
+replace.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .constants import PLAIN, copied, literal
 
@@ -151,25 +153,37 @@ def entries(registry: Any, key: Any) -> list[Name]:
     return [Name(table, key) for table in tables]
 
 
+def methods(cls: type, name: str) -> list[Name]:
+    """What a class and its bases hold under the name of a method, up to the first that has it."""
+    owner = next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
+    return [Name(base, name) for base in cls.__mro__[: owner + 1]]
+
+
 class Names:
     """The names that some functions read, and those that are reached through them."""
 
     def __init__(self, functions: Iterable[Any]) -> None:
         self.found: dict[tuple, Name] = {}
         self.sets_global: str | None = None  # a function that sets a global name
-        self._words: set[str] = set()  # that stand for attributes anywhere in the code
+        self.words: set[str] = set()  # that stand for attributes anywhere in the code
         self._functions: set[int] = set()
         self._spaces: dict[int, ModuleType | type | dict] = {}  # by id of that of which they are the names
+        of_torch: set[str] = set()
         for function in functions:
             for inner in _functions_in(function):
-                if _package(inner) != "torch":  # what nn.Module does is not the model's
+                if _package(inner) == "torch":  # what nn.Module does is not the model's
+                    of_torch |= _words(inner.__code__)[0]
+                else:
                     self._read(inner)
         before = -1
         while before != len(self.found):  # a function that is found has words of its own
             before = len(self.found)
             for space in list(self._spaces.values()):
-                for name in self._words & (space if isinstance(space, dict) else vars(space)).keys():
+                for name in self.words & (space if isinstance(space, dict) else vars(space)).keys():
                     self._add(space, name)
+        for name in (self.words | of_torch) & vars(F).keys():
+            if isinstance(vars(F)[name], (FunctionType, BuiltinFunctionType)):
+                self._add(F, name)
 
     def _add(self, space: ModuleType | type | dict | CellType, name: str) -> None:
         found = Name(space, name)
@@ -216,7 +230,7 @@ class Names:
         self._functions.add(id(function))
         code = function.__code__
         words, sets = _words(code)
-        self._words |= words
+        self.words |= words
         if sets:
             self.sets_global = function.__qualname__
         namespace = function.__globals__

@@ -21,8 +21,8 @@ from .capture import Capture, works_in_place
 from .errors import CaptureError
 from .frame import Frame, Origins
 from .guesses import Guesses
-from .leaves import TOLIST, is_check, is_kernel, put
-from .names import entries
+from .leaves import PRINT, TOLIST, is_check, is_kernel, put
+from .names import entries, methods
 from .pieces import Unknown
 from .probes import probed
 from .shapes import Shapes
@@ -30,7 +30,7 @@ from .sharded import torchs_own_linear
 from .signature import stand_in
 from .source import describe_error
 from .symbols import FakeInputs, bind_sizes, expression, symbols_of
-from .torch_calls import CONVERSIONS, COUNTING, MEASURING, holds_tensor, modes, spelled
+from .torch_calls import CONVERSIONS, COUNTING, MEASURING, holds_tensor, is_replaced, modes, spelled
 
 
 class Recorder(TorchFunctionMode):
@@ -79,6 +79,8 @@ class Recorder(TorchFunctionMode):
             return out
         frame = self.frames[-1]
         frame.recorded_modes.add(modes())
+        if is_replaced(func):
+            frame.fail(f"another function has taken the place of one of torch.nn.functional: {func.__qualname__}")
         frame.record(*spelled(func, name, args, kwargs), out)
         return out
 
@@ -100,10 +102,16 @@ class Recorder(TorchFunctionMode):
         frame.record("call_function", function, given, {}, out)
         return out
 
-    def log_code(self, code: Any) -> None:
-        """Says that a function, or a property, of the model runs in the innermost forward."""
+    def log_code(self, function: Any) -> None:
+        """Says that a function runs in the innermost forward."""
         if not self.paused and self.frames:
-            self.frames[-1].code[id(code)] = code
+            self.frames[-1].code[id(function)] = function
+
+    def log_method(self, cls: type, name: str) -> None:
+        """Says that a method or a property of this class runs in the innermost forward."""
+        if not self.paused and self.frames:
+            self.log_code(getattr(cls, name))
+            self.frames[-1].capture.names |= {known.key: known for known in methods(cls, name)}
 
     def log_lookup(self, registry: Any, key: Any) -> None:
         if not self.paused and self.frames:
@@ -132,6 +140,10 @@ class Recorder(TorchFunctionMode):
 
     def record_leaf_function(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs a leaf function unrecorded and records one call of it."""
+        if function is PRINT:  # not now, of fakes
+            if self.frames and not self.paused:
+                self.frames[-1].fail("forward prints")
+            return None
         if self.paused or not self.frames:
             return function(*args, **kwargs)
         frame = self.frames[-1]

@@ -20,6 +20,7 @@ from .capture import (
     MISSING,
     Alias,
     Children,
+    Inherited,
     Missing,
     Read,
     exactly,
@@ -61,13 +62,13 @@ class LazyFakes(dict):
 
 
 def logged_class(
-    cls: type, log: Callable, log_other: Callable, log_write: Callable, log_code: Callable, cache: dict[type, type]
+    cls: type, log: Callable, log_other: Callable, log_write: Callable, log_method: Callable, cache: dict[type, type]
 ) -> type:
     """A subclass of `cls` that reports which attributes are read and set. It passes for `cls` by name.
 
     `log(shadow, name, value)` gives what the model's code sees of an attribute that is read; `log_other` is told of the
-    parameters, buffers and modules that it reads, and of what it looks for in vain; `log_code` of the methods and
-    properties of the class that it uses.
+    parameters, buffers and modules that it reads, and of what it looks for in vain; `log_method` of the methods and
+    properties of the class that it uses, and what it gets.
     """
     if cls not in cache:
 
@@ -77,8 +78,8 @@ def logged_class(
                 state = object.__getattribute__(self, "__dict__")
                 if name in state or (isinstance(value, _CONSTANT) and _is_class_constant(cls, name)):
                     return log(self, name, value)
-                if isinstance(code := getattr(cls, name, None), (FunctionType, property)):
-                    log_code(code)
+                if isinstance(getattr(cls, name, None), (FunctionType, property)):
+                    log_method(self, cls, name, value)
             return value
 
         def __getattr__(self: nn.Module, name: str) -> Any:  # a parameter, buffer or module; or what there is not
@@ -136,6 +137,8 @@ def owns_nothing(module: nn.Module) -> bool:
 
 def exposes_parameters(module: nn.Module) -> bool:
     """True where a fused op may read the weights of this leaf itself: a plain linear layer that nobody hooks."""
+    if getattr(nn.Linear.forward, "__globals__", None) is not vars(torch.nn.modules.linear):  # another in its place
+        return False
     return stands_for(module, exactly(nn.Linear), present_parameters(module))
 
 
@@ -163,7 +166,7 @@ class ShadowTree:
         self.root = clone_tree(
             model,
             lambda m: logged_class(
-                self.original_class(m), self._log_read, self._log_other, self._log_write, recorder.log_code, logged
+                self.original_class(m), self._log_read, self._log_other, self._log_write, self._log_method, logged
             ),
             shadows,
         )
@@ -248,6 +251,15 @@ class ShadowTree:
             self._log_check(shadow, Missing, name, value)
         elif isinstance(value, (nn.ModuleList, nn.ModuleDict)) and not value._modules:
             self._log_check(value, Children, "_modules", ())
+
+    def _log_method(self, shadow: nn.Module, cls: type, name: str, value: Any) -> None:
+        if self.recorder.paused or getattr(cls, name) is getattr(nn.Module, name, None):
+            return
+        self.recorder.log_method(cls, name)
+        if isinstance(value, FunctionType):  # a property gives it, for the model to call: its loss
+            self.recorder.log_code(value)
+        if not isinstance(getattr(cls, name), property):
+            self._log_check(shadow, Inherited, name, None)
 
     def _log_check(self, shadow: nn.Module, kind: type[Read], name: str, value: Any) -> None:
         path = self.origins.paths.get(id(shadow))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .operations import CASTS
 
@@ -43,6 +44,13 @@ def spelled(func: Any, name: str, args: tuple, kwargs: dict) -> tuple[str, Any, 
     if is_method and isinstance(args[0], torch.Tensor):
         return "call_method", name, args, kwargs
     return "call_function", func, args, kwargs
+
+
+def is_replaced(func: Any) -> bool:
+    """Whether a function that torch says is called has been put in the place of one of torch's, which it then called:
+    in a graph it would do what it does besides twice."""
+    file = getattr(func, "__globals__", {}).get("__name__", "torch")
+    return file.split(".")[0] != "torch" and any(value is func for value in vars(F).values())
 
 
 def holds_tensor(value: Any) -> bool:

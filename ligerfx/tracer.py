@@ -130,7 +130,7 @@ class Tracer(Recorder):
                 frame.reads[own, "_buffers"] = Read(own, "_buffers", real._buffers)
             if isinstance(real, nn.Sequential):  # an empty one
                 frame.reads[own, "_modules"] = Children(own, "_modules", ())
-            self.log_code(cls.forward)
+            self.log_method(cls, "forward")
             return forward(shadow, *args, **kwargs)
         if self.frames and is_leaf_module(real, cls):
             with self.pause():
@@ -205,6 +205,8 @@ class Tracer(Recorder):
         for caller in self.frames[-1:]:
             caller.check_draws()
         self.frames.append(frame)
+        self.log_method(self.original_class(self.origins.modules[id(shadow)]), "forward")
+        frame.watch(forward)
         try:
             with self.guess_sizes(False):
                 given = _with_stand_ins((args, kwargs), frame)
@@ -235,18 +237,19 @@ class Tracer(Recorder):
         finally:
             self.frames.pop()
             frame.check_draws()
+            frame.put_back()
             for caller in self.frames[-1:]:
                 caller.random = draws.state()
             # Modules inside answer for sizes that only they know.
             guards = [g.expr for g in self.fakes.shape_env.guards[guards_before:]]
             capture.guards = [guard for guard in guards if guard.free_symbols <= frame.symbols]
-            capture.reads = list(frame.reads.values())
             if not capture.error:
                 frame.check_modes()
                 frame.check_reads()
                 frame.log_names(forward)
                 if any(number.used for number in frame.numbers):
                     frame.fail("forward computes with a number that a module which stays as it is returned")
+            capture.reads = list(frame.reads.values())
         frame.finish(out, placeholders)
         capture.output = out
         self._twins.add(self.origins.modules[id(shadow)], capture)

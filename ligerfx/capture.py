@@ -41,6 +41,10 @@ GLOBAL_HOOKS = (
 
 MISSING = object()
 
+COMPARES_ATTRIBUTES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+"""Whether what torch.compile traces may compare all attributes of an object at once. 2.11 can where some are no
+constants; 2.12 was not tried. Otherwise they are compared one by one, and compiled code does not notice new ones."""
+
 HIDDEN = frozenset(dir(torch.fx.GraphModule)) | {"itself"}
 """Attributes that an optimised module has, whatever is stored under their names."""
 
@@ -79,16 +83,19 @@ class Read:
             if self._by_value:
                 return f"{constant(is_value)}({value}, {literal(self.value, constant)})"
             if type(self.state) is dict:
-                return self._code_of_content(value, constant)
+                return self._code_of_content(module, value, constant)
         return f"{constant(self.same)}({module})"
 
-    def _code_of_content(self, value: str, constant: Callable[[Any], str]) -> str:
-        # An object inside that the code speaks of is an `Inside`. The compiler would take it for the constant that it
-        # is compared with, and not look at this attribute any more.
-        objects = tuple(n for n, v in self.state.items() if has_attributes(v)) if has_attributes(self.value) else ()
-        plain = {name: v for name, v in self.state.items() if name not in objects}
-        known = ", ".join(f"{literal(k, constant)}: {literal(v, constant)}" for k, v in plain.items())
-        return f"{constant(has_content)}({value}, {constant(type(self.value))}, {{{known}}}, {objects!r})"
+    def _code_of_content(self, module: str, value: str, constant: Callable[[Any], str]) -> str:
+        known = {k: v for k, v in self.state.items() if not (has_attributes(self.value) and has_attributes(v))}
+        literals = ", ".join(f"{literal(k, constant)}: {literal(v, constant)}" for k, v in known.items())
+        content = f"{value}, {constant(type(self.value))}, {{{literals}}}"
+        if len(known) == len(self.state) and (COMPARES_ATTRIBUTES or not has_attributes(self.value)):
+            return f"{constant(has_content)}({content})"
+        # The compiler would take an object inside for the constant that it is compared with, and not look at this
+        # attribute any more. One that the code speaks of is an `Inside`.
+        compiling = f"{constant(torch.compiler.is_compiling)}()"
+        return f"({constant(has_items)}({content}) if {compiling} else {constant(self.same)}({module}))"
 
     def same(self, module: nn.Module) -> bool:
         """Whether `module` still has the attribute as it was read."""
@@ -150,7 +157,7 @@ class Inside(Read):
         return has_content(value, type(self.value), self.state)
 
     def code(self, module: str, constant: Callable[[Any], str]) -> str:
-        return self._code_of_content(f"{module}.{self.name}", constant)
+        return self._code_of_content(module, f"{module}.{self.name}", constant)
 
 
 @dataclasses.dataclass(eq=False)
@@ -272,14 +279,14 @@ def is_value(value: Any, known: Any) -> bool:
     return value is known or (type(value) is type(known) and _equal(value, known))
 
 
-def has_content(value: Any, cls: type, known: Any, but: tuple[str, ...] = ()) -> bool:
-    """Whether an object of this class holds what was known of it, by its `snapshot`; `but` names what is not in it."""
-    if type(value) is not cls:
-        return False
-    content = _content(value)
-    if but:
-        content = {name: inside for name, inside in content.items() if name not in but}
-    return _equal(content, known)
+def has_content(value: Any, cls: type, known: Any) -> bool:
+    """Whether an object of this class holds what was known of it, by its `snapshot`."""
+    return type(value) is cls and _equal(_content(value), known)
+
+
+def has_items(value: Any, cls: type, known: dict[str, Any]) -> bool:
+    """Whether an object of this class has these attributes, perhaps among others."""
+    return type(value) is cls and _equal({n: vars(value)[n] for n in known if n in vars(value)}, known)
 
 
 def has_attributes(value: Any) -> bool:

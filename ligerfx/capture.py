@@ -87,10 +87,11 @@ class Read:
         return f"{constant(self.same)}({module})"
 
     def _code_of_content(self, module: str, value: str, constant: Callable[[Any], str]) -> str:
-        known = {k: v for k, v in self.state.items() if not (has_attributes(self.value) and has_attributes(v))}
+        of_object = has_attributes(self.value)
+        known = {k: v for k, v in self.state.items() if not (of_object and has_attributes(v))}
         literals = ", ".join(f"{literal(k, constant)}: {literal(v, constant)}" for k, v in known.items())
         content = f"{value}, {constant(type(self.value))}, {{{literals}}}"
-        if len(known) == len(self.state) and (COMPARES_ATTRIBUTES or not has_attributes(self.value)):
+        if len(known) == len(self.state) and (COMPARES_ATTRIBUTES or not of_object):
             return f"{constant(has_content)}({content})"
         # The compiler would take an object inside for the constant that it is compared with, and not look at this
         # attribute any more. One that the code speaks of is an `Inside`.
@@ -291,16 +292,14 @@ def has_items(value: Any, cls: type, known: dict[str, Any]) -> bool:
 
 def has_attributes(value: Any) -> bool:
     """Whether a value is an object that is compared by its attributes: a configuration."""
-    return isinstance(snapshot(value), dict) and not isinstance(value, (dict, types.MethodType))
+    return _can_change(value) and not isinstance(value, (list, dict, set, types.MethodType))
 
 
 def snapshot(value: Any) -> Any:
     """A copy of what of a value can change in place: of a list, dict or set, and of the attributes of a
     configuration-like object, with the lists, dicts and sets inside. None for a value that cannot, or whose change is
     seen elsewhere."""
-    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or (callable(value) and not _has_state(value)):
-        return None
-    if not isinstance(value, (list, dict, set)) and not hasattr(value, "__dict__"):
+    if not _can_change(value):
         return None
     content = _content(value).copy()
     if isinstance(content, dict):
@@ -308,6 +307,13 @@ def snapshot(value: Any) -> Any:
     elif isinstance(content, list):
         content[:] = map(copied, content)
     return content
+
+
+def _can_change(value: Any) -> bool:
+    """Whether a value can change in place, and no other guard sees it."""
+    if isinstance(value, (*PLAIN, torch.Tensor, nn.Module, tuple)) or (callable(value) and not _has_state(value)):
+        return False
+    return isinstance(value, (list, dict, set)) or hasattr(value, "__dict__")
 
 
 def _content(value: Any) -> Any:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from .names import package
 from .sharded import is_called_by_zero, is_fully_sharded, is_hook_of_fsdp
 
 _METADATA = {"__get__": {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu",
@@ -291,8 +292,7 @@ class _Read(torch.autograd.Function):
 
 
 def _is_of_a_library(hook: Callable) -> bool:
-    function = getattr(hook, "func", hook)  # of FSDP1 a partial
-    return (getattr(function, "__module__", None) or "").split(".")[0] in ("torch", "deepspeed", "accelerate")
+    return package(getattr(hook, "func", hook)) in ("torch", "deepspeed", "accelerate")  # of FSDP1 a partial
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:

@@ -144,7 +144,7 @@ class Session:
                 capture.reads.append(Lends(layer.target, "", parameters))
             else:
                 capture.absorbed[layer.target] = nn.Linear, parameters
-            capture.names |= {name.key: name for name in methods(nn.Linear, "forward")}
+            capture.names |= methods(nn.Linear, "forward")
         conditions = size_conditions(capture, bool(chosen))
         checks = capture.module_checks()
         guard = guard_of(conditions, checks, list(capture.names.values()))

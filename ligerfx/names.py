@@ -147,20 +147,24 @@ def original(value: Any) -> Any:
     return attributes.get("_ligerfx_original", value) if type(attributes) is dict else value
 
 
-def entries(registry: Any, key: Any) -> list[Name]:
+def entries(registry: Any, key: Any) -> dict[tuple, Name]:
     """What a registry of functions holds under a key, in each of its tables."""
     tables = [t for t in (*vars(registry).values(), *vars(type(registry)).values()) if isinstance(t, dict)]
-    return [Name(table, key) for table in tables]
+    return _by_key(Name(table, key) for table in tables)
 
 
-def methods(cls: type, name: str) -> list[Name]:
+def methods(cls: type, name: str) -> dict[tuple, Name]:
     """What a class and its bases hold under the name of a method, up to the first that has it."""
     found = []
     for base in cls.__mro__:
         found.append(Name(base, name))
         if name in vars(base):
             break
-    return found
+    return _by_key(found)
+
+
+def _by_key(names: Iterable[Name]) -> dict[tuple, Name]:
+    return {name.key: name for name in names}
 
 
 class Names:
@@ -175,7 +179,7 @@ class Names:
         of_torch: set[str] = set()
         for function in functions:
             for inner in _functions_in(function):
-                if _package(inner) == "torch":  # what nn.Module does is not the model's
+                if package(inner) == "torch":  # what nn.Module does is not the model's
                     of_torch |= _words(inner.__code__)[0]
                 else:
                     self._read(inner)
@@ -272,10 +276,11 @@ def _words(code: CodeType) -> tuple[frozenset[str], bool]:
 
 
 def _is_of_a_library(value: Any) -> bool:
-    return _package(value) in _LIBRARIES and not _file(value).startswith(_MODELS)
+    return package(value) in _LIBRARIES and not _file(value).startswith(_MODELS)
 
 
-def _package(value: Any) -> str:
+def package(value: Any) -> str:
+    """The package that something is of, by its file: "builtins" where it names none."""
     return _file(value).split(".")[0]
 
 

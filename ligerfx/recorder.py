@@ -111,11 +111,11 @@ class Recorder(TorchFunctionMode):
         """Says that a method or a property of this class runs in the innermost forward."""
         if not self.paused and self.frames:
             self.log_code(getattr(cls, name))
-            self.frames[-1].capture.names |= {known.key: known for known in methods(cls, name)}
+            self.frames[-1].capture.names |= methods(cls, name)
 
     def log_lookup(self, registry: Any, key: Any) -> None:
         if not self.paused and self.frames:
-            self.frames[-1].capture.names |= {name.key: name for name in entries(registry, key)}
+            self.frames[-1].capture.names |= entries(registry, key)
 
     def trace_function(self, function: Callable, arguments: dict[str, Any], meta: bool = False) -> torch.fx.Graph:
         """Records a plain function. Tensors among the arguments (fakes, or `meta` tensors) become placeholders by
